@@ -1,0 +1,7 @@
+"""`python -m cupyq`."""
+
+import sys
+
+from cupyq.cli import main
+
+sys.exit(main())

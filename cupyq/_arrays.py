@@ -1,0 +1,305 @@
+"""Which library an array belongs to, the checks every op shares, and the one place where DLPack arrays enter and leave.
+
+NumPy arrays select the reference, CuPy arrays the kernels. Arrays of other frameworks (PyTorch, JAX, ...) pass through
+`accepts_dlpack`, which every public op carries: they become CuPy or NumPy views without a copy, the op runs on the
+caller's stream, and the results go back as arrays of the caller's framework.
+"""
+
+import collections
+import contextlib
+import ctypes
+import functools
+import inspect
+import sys
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from cupyq.errors import BackendError
+
+float16 = np.dtype(np.float16)
+float32 = np.dtype(np.float32)
+bfloat16 = np.dtype(ml_dtypes.bfloat16)
+int32 = np.dtype(np.int32)
+
+FLOATS = (float16, bfloat16, float32)
+"""The dtypes activations and weights may have."""
+
+
+def require_cupy():
+    """The `cupy` module, or a BackendError that says how to get it."""
+    try:
+        import cupy
+    except ImportError as error:
+        raise BackendError(
+            f"CuPy cannot be imported ({first_line(error)}); "
+            "install it with `pip install 'cupyq[cuda12]'` or `'cupyq[cuda13]'`"
+        ) from None
+    except OSError as error:  # CuPy creates a folder below HOME when it is imported
+        raise BackendError(
+            f"CuPy cannot be imported ({first_line(error)}); "
+            "if HOME is not writable, set CUPY_CACHE_DIR to a folder that is"
+        ) from None
+    return cupy
+
+
+def first_line(error):
+    """The first line of an exception's text that says something: libraries frame theirs with empty lines and rules."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return next((line for line in lines if any(map(str.isalnum, line))), type(error).__name__)
+
+
+def is_cupy(array):
+    """True for CuPy arrays. Does not import CuPy: where nobody has imported it, no array can be CuPy's."""
+    cupy = sys.modules.get("cupy")
+    return cupy is not None and isinstance(array, cupy.ndarray)
+
+
+def namespace(**arrays):
+    """The module (`numpy` or `cupy`) all the given arrays belong to; `None` values are skipped.
+
+    Objects with an `xp` attribute (such as QMatrix) count as what that says. Raises TypeError for foreign objects and
+    for a mix of the two libraries, ValueError for CuPy arrays on different devices: nothing is ever moved silently.
+    """
+    xp = first = device = None
+    for name, array in arrays.items():
+        if array is None:
+            continue
+        if isinstance(array, np.ndarray):
+            this = np
+        elif is_cupy(array):
+            this = sys.modules["cupy"]
+            this_device = array.device.id
+            if device is None:
+                device = this_device
+            elif device != this_device:
+                raise ValueError(f"{name} is on GPU {this_device}, {first} on GPU {device}: move them to one device")
+        elif hasattr(array, "xp"):
+            this = array.xp
+        else:
+            raise TypeError(f"{name} must be a NumPy or CuPy array (or come by DLPack), got {type(array).__name__}")
+        if xp is None:
+            xp, first = this, name
+        elif xp is not this:
+            kinds = {True: "a NumPy array", False: "a CuPy array"}
+            raise TypeError(
+                f"{first} is {kinds[xp is np]}, {name} is {kinds[this is np]}: move one with cupy.asarray() or .get()"
+            )
+    if xp is None:
+        raise TypeError("at least one array is needed, all arguments are None")
+    return xp
+
+
+def check(array, name, *, dtype=None, shape=None, ndim=None, last=None, writes=False):
+    """Raise unless `array` is C-contiguous and has the dtype(s), shape, ndim and last size asked for.
+
+    None in `shape` matches any size. `writes`: the array must also be writable.
+    """
+    if dtype is not None:
+        dtypes = dtype if isinstance(dtype, tuple) else (dtype,)
+        if array.dtype not in dtypes:
+            expected = " or ".join(str(np.dtype(d)) for d in dtypes)
+            raise TypeError(f"{name} must have dtype {expected}, got {array.dtype}")
+    if shape is not None and (
+        len(shape) != array.ndim or any(s is not None and s != t for s, t in zip(shape, array.shape, strict=True))
+    ):
+        expected = ", ".join("any" if s is None else str(s) for s in shape)
+        raise ValueError(f"{name} must have shape ({expected}), got {array.shape}")
+    if ndim is not None and array.ndim != ndim:
+        raise ValueError(f"{name} must have {ndim} dimensions, got shape {array.shape}")
+    if last is not None and (array.ndim == 0 or array.shape[-1] != last):
+        raise ValueError(f"{name} must have {last} as its last dimension, got shape {array.shape}")
+    if not array.flags.c_contiguous:
+        raise ValueError(f"{name} must be C-contiguous, got strides {array.strides}: pass ascontiguousarray({name})")
+    if writes and isinstance(array, np.ndarray) and not array.flags.writeable:
+        raise ValueError(f"{name} is read-only and would be written: pass a writable array")
+
+
+def output(xp, out, shape, dtype, name="out"):
+    """`out` after checking that it can take the result, or a new array where it is None."""
+    if out is None:
+        return xp.empty(shape, dtype)
+    if namespace(**{name: out}) is not xp:
+        raise TypeError(f"{name} must be an array of {xp.__name__}, as the inputs are, got {type(out).__module__}")
+    check(out, name, dtype=dtype, shape=shape, writes=True)
+    return out
+
+
+def byte_bounds(array):
+    """First and one-past-last address of a C-contiguous array."""
+    address = array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr
+    return address, address + array.size * array.itemsize
+
+
+def refuse_partial_overlap(out, **inputs):
+    """Raise ValueError where `out` shares memory with an input without being that input exactly."""
+    low, high = byte_bounds(out)
+    for name, array in inputs.items():
+        if array is None or array is out:
+            continue
+        start, end = byte_bounds(array)
+        same = start == low and end == high and array.dtype == out.dtype
+        if start < high and low < end and not same:
+            raise ValueError(f"out overlaps {name} partly: pass {name} itself or separate memory")
+
+
+# --- the DLPack edge ------------------------------------------------------------------------------------------------
+
+_CPU_DEVICES = (1, 3)  # DLPack device types: host memory, page-locked host memory
+_foreign_types: dict[type, bool] = {}  # type -> whether it needs the edge
+
+
+def _is_foreign(value):
+    kind = type(value)
+    known = _foreign_types.get(kind)
+    if known is None:
+        native = isinstance(value, (np.ndarray, np.generic)) or is_cupy(value)
+        known = _foreign_types[kind] = hasattr(kind, "__dlpack__") and not native
+    return known
+
+
+def accepts_dlpack(op=None, *, writes=("out", "workspace")):
+    """Decorator for public ops: arrays of any DLPack framework in, arrays of the same framework out.
+
+    PyTorch and JAX callers get their own arrays back, and the very object they passed where the op wrote into it;
+    callers from other frameworks get NumPy or CuPy arrays. `writes` names the arguments the op writes to; read-only
+    arrays (such as JAX's) are refused there. NumPy and CuPy callers pay one type look-up per argument.
+    """
+    if op is None:
+        return functools.partial(accepts_dlpack, writes=writes)
+    signature = inspect.signature(op)
+
+    @functools.wraps(op)
+    def edge(*args, **kwargs):
+        if not any(map(_is_foreign, args)) and not (kwargs and any(map(_is_foreign, kwargs.values()))):
+            return op(*args, **kwargs)
+        bound = signature.bind(*args, **kwargs)
+        return _call_with_foreign(op, bound.arguments, writes)
+
+    return edge
+
+
+def _call_with_foreign(op, arguments, writes):
+    foreign = {name: value for name, value in arguments.items() if _is_foreign(value)}
+    framework = _framework(next(iter(foreign.values())))
+    with _caller_stream(framework, foreign):
+        converted = dict(arguments)
+        for name, value in foreign.items():
+            converted[name] = _import(value, name, writes=name in writes)
+        result = op(**converted)
+        if framework != "torch":
+            _hold_until_done(converted, foreign)
+        originals = {id(converted[name]): value for name, value in foreign.items()}
+        return _export(result, framework, originals)
+
+
+def _framework(array):
+    return type(array).__module__.split(".")[0]
+
+
+@contextlib.contextmanager
+def _caller_stream(framework, arrays):
+    """Make the caller's device and stream CuPy's current ones while the op runs.
+
+    PyTorch has a current stream per device: work is queued there. Other frameworks have no such notion; CuPy's current
+    stream is used and DLPack's stream handshake orders it behind the producer.
+    """
+    gpu = next((a for a in arrays.values() if a.__dlpack_device__()[0] not in _CPU_DEVICES), None)
+    if gpu is None:
+        yield
+        return
+    cupy = require_cupy()
+    device_id = int(gpu.__dlpack_device__()[1])
+    with cupy.cuda.Device(device_id):
+        if framework == "torch":
+            pointer = sys.modules["torch"].cuda.current_stream(device_id).cuda_stream
+            stream = cupy.cuda.ExternalStream(pointer) if pointer else cupy.cuda.Stream.null
+            with stream:
+                yield
+        else:
+            yield
+
+
+def _import(array, name, *, writes):
+    framework = _framework(array)
+    if writes and framework in ("jax", "jaxlib"):
+        raise ValueError(f"{name} is a JAX array, which is immutable: leave {name} out and use the returned array")
+    if framework == "torch" and array.requires_grad:
+        raise ValueError(f"{name} requires a gradient, and cupyq records none: pass {name}.detach()")
+    if framework == "torch" and not array.is_contiguous():
+        raise ValueError(f"{name} must be C-contiguous, got strides {tuple(array.stride())}: pass {name}.contiguous()")
+    is_bfloat16 = str(getattr(array, "dtype", "")).endswith("bfloat16")
+    on_cpu = array.__dlpack_device__()[0] in _CPU_DEVICES
+    library = np if on_cpu else require_cupy()
+    try:
+        view = library.from_dlpack(_Retyped(array, _DLPACK_INT) if is_bfloat16 else array)
+    except (BufferError, RuntimeError, TypeError) as error:
+        raise TypeError(f"{name} ({type(array).__name__}) cannot be taken by DLPack: {first_line(error)}") from None
+    return view.view(bfloat16) if is_bfloat16 else view
+
+
+def _export(result, framework, originals):
+    if isinstance(result, tuple):
+        return tuple(_export(item, framework, originals) for item in result)
+    if id(result) in originals:
+        return originals[id(result)]
+    if not (isinstance(result, np.ndarray) or is_cupy(result)):
+        return result
+    if framework not in ("torch", "jax", "jaxlib"):
+        return result
+    producer = _Retyped(result.view(np.int16), _DLPACK_BFLOAT) if result.dtype == bfloat16 else result
+    if framework == "torch":
+        return sys.modules["torch"].from_dlpack(producer)
+    if isinstance(result, np.ndarray):
+        return sys.modules["jax"].numpy.asarray(result)
+    return sys.modules["jax"].dlpack.from_dlpack(producer)
+
+
+_in_flight: collections.deque[Any] = collections.deque()
+
+
+def _hold_until_done(converted, foreign):
+    """Keep the caller's GPU arrays alive while the queued kernels read them.
+
+    PyTorch reuses freed memory in the order of the stream the op ran on. Others, such as JAX, work on streams of their
+    own and may reuse an array that was dropped right after the call, before our stream has come to the kernel.
+    """
+    if not any(is_cupy(converted[name]) for name in foreign):
+        return
+    while _in_flight and _in_flight[0][0].done:
+        _in_flight.popleft()
+    event = sys.modules["cupy"].cuda.Event(disable_timing=True)
+    event.record()
+    _in_flight.append((event, tuple(foreign.values())))
+
+
+# Neither NumPy nor CuPy imports or exports bfloat16 by DLPack, as neither has such a dtype of its own. The bits travel
+# as int16, with the type code in the capsule exchanged on the way: no copy, and every framework's stream rules hold.
+
+_DLPACK_INT, _DLPACK_BFLOAT = 0, 4  # DLDataTypeCode of dlpack.h
+
+# Offset of DLTensor.dtype.code by capsule name: data pointer (8 bytes), device (8) and ndim (4) stand before it in a
+# DLTensor; a DLManagedTensorVersioned has version (8), context (8), deleter (8) and flags (8) before the DLTensor.
+_TYPE_CODE_OFFSETS = {b"dltensor": 20, b"dltensor_versioned": 52}
+
+_capsule_name = ctypes.PYFUNCTYPE(ctypes.c_char_p, ctypes.py_object)(("PyCapsule_GetName", ctypes.pythonapi))
+_capsule_pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
+    ("PyCapsule_GetPointer", ctypes.pythonapi)
+)
+
+
+class _Retyped:
+    """A DLPack producer that announces the elements of another one as a different type of the same size."""
+
+    def __init__(self, array, type_code):
+        self._array, self._type_code = array, type_code
+
+    def __dlpack_device__(self):
+        return self._array.__dlpack_device__()
+
+    def __dlpack__(self, **options):
+        capsule = self._array.__dlpack__(**options)
+        name = _capsule_name(capsule)
+        ctypes.c_uint8.from_address(_capsule_pointer(capsule, name) + _TYPE_CODE_OFFSETS[name]).value = self._type_code
+        return capsule

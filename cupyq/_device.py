@@ -1,0 +1,67 @@
+"""What the current GPU is: its architecture, size and limits."""
+
+import functools
+from dataclasses import dataclass
+
+from cupyq._arrays import require_cupy
+from cupyq.errors import BackendError
+
+TARGET_ARCHS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120")
+"""The architectures every kernel is compiled for in the tests."""
+
+
+@dataclass(frozen=True)
+class DeviceInfo:
+    id: int
+    name: str
+    arch: str
+    sm_count: int
+    shared_bytes_per_block: int
+    l2_bytes: int
+    memory_bytes: int
+
+
+def arch_of(major, minor):
+    """The real architecture of a compute capability, with the `a` that unlocks wgmma and its successors."""
+    return f"sm_{major}{minor}{'a' if major in (9, 10, 11) else ''}"
+
+
+def arch_number(arch):
+    """`"sm_90a"` -> 90."""
+    digits = arch.removeprefix("sm_").rstrip("af")
+    if not arch.startswith("sm_") or not digits.isdigit():
+        raise ValueError(f"architecture must look like sm_90a, got {arch!r}")
+    return int(digits)
+
+
+def count():
+    """Number of usable GPUs: 0 without CuPy, driver or device, never an error."""
+    try:
+        return require_cupy().cuda.runtime.getDeviceCount()
+    except Exception:
+        # CuPy raises its own error types here (no driver, driver too old, no device): all mean the same, no GPU.
+        return 0
+
+
+def current():
+    """DeviceInfo of CuPy's current device. Raises BackendError where there is none."""
+    cupy = require_cupy()
+    try:
+        device_id = cupy.cuda.runtime.getDevice()
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        raise BackendError(f"no usable GPU ({error}); run `cupyq doctor` to see what is missing") from None
+    return _info(device_id)
+
+
+@functools.cache
+def _info(device_id):
+    properties = require_cupy().cuda.runtime.getDeviceProperties(device_id)
+    return DeviceInfo(
+        id=device_id,
+        name=properties["name"].decode(),
+        arch=arch_of(properties["major"], properties["minor"]),
+        sm_count=properties["multiProcessorCount"],
+        shared_bytes_per_block=properties["sharedMemPerBlockOptin"],
+        l2_bytes=properties["l2CacheSize"],
+        memory_bytes=properties["totalGlobalMem"],
+    )

@@ -1,0 +1,128 @@
+"""Tokens from a model, one after the other."""
+
+import secrets
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cupyq.generate.sampler import MAX_SEED, SamplerSettings
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `generate` made and how long it took."""
+
+    tokens: list[int]
+    """The new tokens; a stop token is not among them."""
+    prompt_tokens: list[int]
+    stopped_by: int | None
+    """The stop token that ended the generation, None where max_new_tokens did."""
+    seed: int
+    prefill_seconds: float
+    """From the start to the first token."""
+    decode_seconds: float
+    """From the first token to the last."""
+    steps: int
+    """Tokens drawn, the stop token included."""
+
+    @property
+    def prefill_tokens_per_s(self) -> float | None:
+        return _rate(len(self.prompt_tokens), self.prefill_seconds)
+
+    @property
+    def decode_tokens_per_s(self) -> float | None:
+        """Tokens after the first one per second; None where there are none."""
+        return _rate(self.steps - 1, self.decode_seconds)
+
+
+def _rate(count: int, seconds: float) -> float | None:
+    return count / seconds if count > 0 and seconds > 0 else None
+
+
+def generate(
+    model: Any,
+    prompt_ids: Sequence[int],
+    *,
+    max_new_tokens: int = 128,
+    settings: SamplerSettings | None = None,
+    stop_ids: Collection[int] = (),
+    on_token: Callable[[int], Any] | None = None,
+) -> Result:
+    """Continue `prompt_ids` by up to `max_new_tokens` tokens.
+
+    The whole prompt passes the model once; then every drawn token is fed back with the cache. A token of `stop_ids` ends the
+    generation. `on_token(token)` is called for each new token as soon as it is known. The same model, prompt, settings and
+    seed give the same tokens. ValueError / TypeError for an empty prompt, ids outside the vocabulary, and a prompt and
+    max_new_tokens that do not fit the model's context together.
+
+    >>> generate(model, [1, 15043], max_new_tokens=5, settings=SamplerSettings.greedy()).tokens  # doctest: +SKIP
+    """
+    settings = SamplerSettings() if settings is None else settings
+    prompt = check_ids(prompt_ids, model.config.vocab_size, "prompt_ids")
+    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be a whole number of 1 or more, got {max_new_tokens!r}")
+    # The last token drawn is never fed back, so it needs no place in the cache.
+    needed, limit = len(prompt) + max_new_tokens - 1, model.config.max_seq_len
+    if len(prompt) > limit:
+        raise ValueError(f"the prompt has {len(prompt)} tokens, the model's context {limit}: shorten the prompt")
+    if needed > limit:
+        raise ValueError(
+            f"{len(prompt)} prompt tokens and max_new_tokens {max_new_tokens} pass the model's context of {limit}: "
+            f"ask for at most {limit - len(prompt) + 1} new tokens"
+        )
+    seed = secrets.randbelow(MAX_SEED + 1) if settings.seed is None else settings.seed
+    stop = frozenset(int(token) for token in stop_ids)
+    tokens: list[int] = []
+    stopped_by = None
+    step = 0
+
+    start = time.perf_counter()
+    cache = model.new_cache(batch=1, capacity=needed)
+    ids = model.xp.asarray(np.array([prompt], np.int32))
+    first = last = start
+    for step in range(max_new_tokens):
+        ids = _next_ids(model, ids, cache, settings, seed, step)
+        token = int(ids[0, 0])  # the one place where a GPU is waited for
+        if token < 0:
+            raise ValueError(f"the model's logits at position {len(prompt) + step - 1} are not finite: its weights are damaged")
+        last = time.perf_counter()
+        first = last if step == 0 else first
+        if token in stop:
+            stopped_by = token
+            break
+        tokens.append(token)
+        if on_token is not None:
+            on_token(token)
+    return Result(tokens, prompt, stopped_by, seed, first - start, last - first, step + 1)
+
+
+def _next_ids(model: Any, ids: Any, cache: Any, settings: SamplerSettings, seed: int, step: int) -> Any:
+    from cupyq.ops.sampling import sample
+
+    logits = model.forward(ids, cache, last_only=True)[:, -1]
+    return sample(
+        model.xp.ascontiguousarray(logits),
+        temperature=settings.temperature,
+        top_k=settings.top_k,
+        top_p=settings.top_p,
+        min_p=settings.min_p,
+        seed=seed,
+        step=step,
+    )[:, None]
+
+
+def check_ids(ids: Sequence[int] | np.ndarray, vocab_size: int, name: str) -> list[int]:
+    """`ids` as a list of ints, after checking that there is one at least and that each is in the vocabulary."""
+    array = np.asarray(ids)
+    if array.size == 0:
+        raise ValueError(f"{name} is empty: at least one token is needed")
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise TypeError(f"{name} must be a list of whole numbers, got shape {array.shape} of {array.dtype}")
+    outside = (array < 0) | (array >= vocab_size)
+    if outside.any():
+        position = int(outside.argmax())
+        raise ValueError(f"{name}: token {array[position]} at position {position}, expected 0 to {vocab_size - 1}")
+    return [int(token) for token in array]

@@ -1,0 +1,11 @@
+"""Plain objects over ops: the parts a decoder is made of. The same classes run on NumPy and on CuPy."""
+
+from cupyq.layers.attention import Attention, Step
+from cupyq.layers.cache import KVCache
+from cupyq.layers.decoder import DecoderLayer
+from cupyq.layers.linear import Linear
+from cupyq.layers.mlp import MLP
+from cupyq.layers.moe import MoE
+from cupyq.layers.norm import RMSNorm
+
+__all__ = ["MLP", "Attention", "DecoderLayer", "KVCache", "Linear", "MoE", "RMSNorm", "Step"]

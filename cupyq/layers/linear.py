@@ -1,0 +1,44 @@
+"""A linear layer, quantized or not."""
+
+import numpy as np
+
+from cupyq.ops.matmul import matmul
+from cupyq.ops.qmatmul import qmatmul
+from cupyq.ops.qmatrix import QMatrix
+
+
+class Linear:
+    """y = x @ W + bias, with W a QMatrix (which holds its own bias) or an array [N, K], as checkpoints store it."""
+
+    def __init__(self, weight, bias=None, name="", stored_dtype=None):
+        """`stored_dtype`: of an unquantized weight in its checkpoint, where that is not the weight's own."""
+        self.weight, self.name = weight, name
+        self.is_quantized = isinstance(weight, QMatrix)
+        self.n, self.k = (weight.n, weight.k) if self.is_quantized else weight.shape
+        if self.is_quantized and bias is not None:
+            raise ValueError(f"bias of {name or 'a Linear'}: a QMatrix holds its own, pass it to QMatrix.from_tensors")
+        self.bias = weight.bias if self.is_quantized else bias
+        if not self.is_quantized:
+            self.stored_dtype = np.dtype(stored_dtype or weight.dtype)
+
+    def __call__(self, x, out=None, dtype=None):
+        """x [..., K] -> [..., N]; of `dtype` (default: x's), or into `out`."""
+        if self.is_quantized:
+            return qmatmul(x, self.weight, dtype=dtype, out=out)
+        return matmul(x, self.weight, transpose=True, bias=self.bias, dtype=dtype, out=out)
+
+    @property
+    def kind(self):
+        """exl2, gptq, or the dtype of an unquantized weight in its checkpoint."""
+        return self.weight.kind if self.is_quantized else str(self.stored_dtype)
+
+    @property
+    def storage_bits(self):
+        """Bits of the checkpoint this layer takes, scales and permutation included."""
+        if self.is_quantized:
+            return self.weight.storage_bits
+        return 8 * self.stored_dtype.itemsize * (self.k * self.n + (self.n if self.bias is not None else 0))
+
+    @property
+    def bits_per_weight(self):
+        return self.storage_bits / (self.k * self.n)

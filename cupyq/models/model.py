@@ -1,0 +1,200 @@
+"""A decoder and its ends: token ids in, logits out."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cupyq._arrays import float32, is_cupy
+from cupyq.layers import DecoderLayer, KVCache, Linear, RMSNorm, Step
+from cupyq.models.config import ModelConfig
+from cupyq.ops.activation import softcap
+from cupyq.ops.embedding import embedding
+
+PREFILL_CHUNK = 2048
+"""Tokens of a row that pass through the layers at once when there is a cache: bounds the memory of activations."""
+
+
+class LinearInfo(NamedTuple):
+    """One linear layer, as `Model.linear_layers` lists it."""
+
+    name: str
+    shape: tuple[int, int]
+    """(K, N): inputs and outputs."""
+    kind: str
+    """exl2, gptq, or the dtype of an unquantized weight."""
+    bits_per_weight: float
+    """Scales, zeros and permutation included."""
+    storage_bits: int
+
+
+class Model:
+    """A loaded model; see `load_model`. `config`, `xp` (numpy or cupy), `backend`, `dtype` of the activations."""
+
+    def __init__(
+        self,
+        *,
+        config: ModelConfig,
+        xp: Any,
+        dtype: np.dtype,
+        embedding: Any,
+        layers: Sequence[DecoderLayer],
+        norm: RMSNorm,
+        head: Linear,
+        sin: Any,
+        cos: Any,
+        parameters: int,
+    ):
+        self.config, self.xp, self.dtype = config, xp, dtype
+        self.embedding, self.layers, self.norm, self.head = embedding, list(layers), norm, head
+        self.sin, self.cos = sin, cos
+        self.parameters = parameters
+        """Weights of the whole model; tied ones count once."""
+        self._embedding_scale = config.hidden_size**0.5 if config.architecture.scales_embedding else 1.0
+
+    @property
+    def backend(self) -> str:
+        return "numpy" if self.xp is np else "cupy"
+
+    # --- what it is made of ---
+
+    def linear_layers(self) -> Iterator[LinearInfo]:
+        """Every linear layer of the decoder in order, then the head; routers are not listed."""
+        for linear in (*self._decoder_linears(), self.head):
+            shape = (linear.k, linear.n)
+            yield LinearInfo(linear.name, shape, linear.kind, linear.bits_per_weight, linear.storage_bits)
+
+    def _decoder_linears(self) -> list[Linear]:
+        return [linear for layer in self.layers for linear in layer.linears()]
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Mean over the decoder's linear layers, scales and permutation included; embedding and head do not count."""
+        linears = self._decoder_linears()
+        return sum(linear.storage_bits for linear in linears) / sum(linear.k * linear.n for linear in linears)
+
+    @property
+    def format(self) -> str:
+        """exl2, gptq, or the dtype of unquantized weights; "mixed" where the decoder's layers differ."""
+        kinds = {linear.kind for linear in self._decoder_linears()}
+        return kinds.pop() if len(kinds) == 1 else "mixed"
+
+    # --- running it ---
+
+    def new_cache(self, batch: int = 1, capacity: int | None = None) -> KVCache:
+        """An empty cache for `batch` rows of up to `capacity` tokens (default: the model's max_seq_len)."""
+        limit = self.config.max_seq_len
+        capacity = limit if capacity is None else capacity
+        if isinstance(capacity, int) and capacity > limit:
+            raise ValueError(f"capacity must be at most {limit}, the model's context, got {capacity}")
+        return KVCache(
+            self.xp,
+            batch=batch,
+            capacity=capacity,
+            layers=len(self.layers),
+            kv_heads=self.config.num_key_value_heads,
+            head_dim=self.config.head_dim,
+            dtype=self.dtype,
+        )
+
+    def forward(self, ids: Any, cache: KVCache | None = None, *, last_only: bool = False) -> Any:
+        """Logits, float32 [batch, seq, vocab_size]; seq is 1, the last position, with `last_only`.
+
+        ids: whole numbers [batch, seq], or [seq] for one row; a list or a NumPy array, whose ids are checked here, or a
+        CuPy array, whose ids are not (that would wait for the GPU): an id outside the vocabulary makes its row NaN.
+        cache: ids continue what it holds, and are added to it. Without one, ids are whole texts.
+        Raises TypeError / ValueError for wrong ids, a cache of another model or batch, and more ids than fit.
+        """
+        ids = self._check_ids(ids)
+        batch, seq = ids.shape
+        if cache is None:
+            if seq > self.config.max_seq_len:
+                limit = self.config.max_seq_len
+                raise ValueError(f"ids: {seq} tokens per row, but the model's context is {limit}: shorten them")
+            positions = self.xp.zeros(batch, np.int32)
+            return self._logits(self._decode(ids, Step(self.sin, self.cos, positions)), last_only)
+        self._check_cache(cache, batch, seq)
+        length_before = cache.length
+        try:
+            return self._forward_in_chunks(ids, cache, last_only)
+        except BaseException:
+            cache.truncate(length_before)
+            raise
+
+    def _forward_in_chunks(self, ids: Any, cache: KVCache, last_only: bool) -> Any:
+        batch, seq = ids.shape
+        if seq <= PREFILL_CHUNK:
+            return self._logits(self._append(ids, cache), last_only)
+        logits = None if last_only else self.xp.empty((batch, seq, self.config.vocab_size), float32)
+        for begin in range(0, seq, PREFILL_CHUNK):
+            end = min(begin + PREFILL_CHUNK, seq)
+            hidden = self._append(self.xp.ascontiguousarray(ids[:, begin:end]), cache)
+            if logits is not None:
+                logits[:, begin:end] = self._logits(hidden, False)
+        return self._logits(hidden, True) if logits is None else logits
+
+    def _append(self, ids: Any, cache: KVCache) -> Any:
+        """Hidden states of new tokens, whose keys and values are added to the cache."""
+        new = ids.shape[1]
+        step = Step(self.sin, self.cos, cache.positions, cache, cache.kv_lengths(new), cache.length + new)
+        hidden = self._decode(ids, step)
+        cache.advance(new)
+        return hidden
+
+    def _decode(self, ids: Any, step: Step) -> Any:
+        hidden = embedding(ids, self.embedding, scale=self._embedding_scale, dtype=float32)
+        for layer in self.layers:
+            hidden = layer(hidden, step, self.dtype)
+        return hidden
+
+    def _logits(self, hidden: Any, last_only: bool) -> Any:
+        if last_only:
+            hidden = self.xp.ascontiguousarray(hidden[:, -1:])
+        logits = self.head(self.norm(hidden, self.dtype), dtype=float32)
+        if logits.shape[-1] != self.config.vocab_size:  # quantizers pad the head to a multiple of 32 columns
+            logits = self.xp.ascontiguousarray(logits[..., : self.config.vocab_size])
+        if self.config.logit_softcap is not None:
+            logits = softcap(logits, self.config.logit_softcap, out=logits)
+        return logits
+
+    # --- checks at the edge ---
+
+    def _check_ids(self, ids: Any) -> Any:
+        """int32 [batch, seq] of this model's library."""
+        on_gpu = is_cupy(ids)
+        if on_gpu and self.xp is np:
+            raise TypeError("ids is a CuPy array and the model runs on NumPy: pass ids.get()")
+        if not on_gpu:
+            try:
+                ids = np.asarray(ids)
+            except (TypeError, ValueError) as error:
+                found = type(ids).__name__
+                raise TypeError(f"ids must be whole numbers [batch, seq], got a {found} ({error})") from None
+        if ids.size == 0:
+            raise ValueError(f"ids is empty, shape {ids.shape}: at least one token per row is needed")
+        if ids.dtype.kind not in "iu":
+            raise TypeError(f"ids must be whole numbers, got dtype {ids.dtype}")
+        if ids.ndim not in (1, 2):
+            raise ValueError(f"ids must have shape [batch, seq] or [seq], got {ids.shape}")
+        ids = ids.reshape(-1, ids.shape[-1])
+        if not on_gpu:
+            vocab = self.config.vocab_size
+            outside = (ids < 0) | (ids >= vocab)
+            if outside.any():
+                row, position = np.unravel_index(int(outside.argmax()), ids.shape)
+                raise ValueError(f"ids: {ids[row, position]} at [{row}, {position}], expected 0 to {vocab - 1}")
+        return self.xp.ascontiguousarray(self.xp.asarray(ids, np.int32))
+
+    def _check_cache(self, cache: KVCache, batch: int, seq: int) -> None:
+        if not isinstance(cache, KVCache):
+            raise TypeError(f"cache must be a KVCache, as model.new_cache() makes, got {type(cache).__name__}")
+        wanted = (len(self.layers), self.config.num_key_value_heads, self.config.head_dim)
+        found = (len(cache.k), *cache.k[0].shape[2:])
+        if found != wanted or cache.xp is not self.xp or cache.k[0].dtype != self.dtype:
+            raise ValueError(
+                f"cache is another model's: {found} layers, heads and head_dim in {cache.xp.__name__} "
+                f"{cache.k[0].dtype}; expected {wanted} in {self.xp.__name__} {self.dtype}; use its new_cache()"
+            )
+        if cache.batch != batch:
+            raise ValueError(f"cache has {cache.batch} rows and ids {batch}: make one with new_cache(batch={batch})")
+        cache.check_room(seq)

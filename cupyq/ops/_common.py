@@ -1,0 +1,40 @@
+"""What several op families share."""
+
+import numpy as np
+
+from cupyq._arrays import byte_bounds
+
+
+def float64(array):
+    """A float64 copy: the arithmetic of every reference."""
+    return array.astype(np.float64)
+
+
+def vector_width(columns, *arrays, widest=4):
+    """The most values one access can take in every array: their rows and first addresses must be multiples of it."""
+    width = widest
+    while width > 1 and (
+        columns % width or any(a is not None and byte_bounds(a)[0] % (width * a.itemsize) for a in arrays)
+    ):
+        width //= 2
+    return width
+
+
+def access_width(columns, *arrays):
+    """`vector_width` whose widest dtype travels in at most 16 bytes: 4 values of float32, 8 of the 16-bit types."""
+    return vector_width(columns, *arrays, widest=16 // max(a.itemsize for a in arrays if a is not None))
+
+
+def refuse_overlap(written, name, **inputs):
+    """Raise ValueError where `written` shares any memory with an input: for ops that cannot work in place."""
+    low, high = byte_bounds(written)
+    for other, array in inputs.items():
+        start, end = byte_bounds(array)
+        if start < high and low < end:
+            raise ValueError(f"{name} overlaps {other}, which is still read: pass separate memory")
+
+
+def store(out, values):
+    """Round `values` once into `out`; what does not fit becomes Inf, as IEEE says, without a warning."""
+    with np.errstate(over="ignore"):
+        out[...] = values

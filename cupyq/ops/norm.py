@@ -1,0 +1,183 @@
+"""Norms over the last axis, of whole rows (rms_norm, layer_norm) and of single heads (head_norm)."""
+
+import itertools
+
+import numpy as np
+
+from cupyq._arrays import (
+    FLOATS,
+    accepts_dlpack,
+    bfloat16,
+    check,
+    float16,
+    float32,
+    namespace,
+    output,
+    refuse_partial_overlap,
+)
+from cupyq._kernels import instance, launch
+from cupyq.ops._common import access_width, float64, store
+
+
+@accepts_dlpack
+def rms_norm(x, weight, *, eps=1e-6, dtype=None, out=None):
+    """y = x * weight / sqrt(mean(x**2, axis=-1) + eps)
+
+    x [..., dim] and weight [dim] may each be float16, bfloat16 or float32; y has x's shape and `dtype` (default:
+    x's). Sums are fp32 in a fixed order (float64 in the reference) and the result is rounded once. `out` may be x
+    itself where the dtypes agree. Models whose weights are stored minus one (Gemma) add the one before, in float32.
+    Raises TypeError / ValueError for wrong dtypes, shapes, strides or a partial overlap of out and x.
+    Source: Zhang and Sennrich, Root Mean Square Layer Normalization, arXiv 1910.07467.
+
+    >>> rms_norm(np.array([[3.0, 4.0]], np.float32), np.ones(2, np.float32), eps=0.0)
+    array([[0.84852815, 1.1313709 ]], dtype=float32)
+    """
+    xp = namespace(x=x, weight=weight)
+    _check_rows(x)
+    check(weight, "weight", dtype=FLOATS, shape=x.shape[-1:])
+    out = output(xp, out, x.shape, x.dtype if dtype is None else np.dtype(dtype))
+    check(out, "out", dtype=FLOATS)
+    refuse_partial_overlap(out, x=x, weight=weight)
+    if x.size == 0:
+        return out
+    if xp is np:
+        store(out, rms_norm_reference(x, weight, eps))
+    else:
+        _launch_rms_norm(x, weight, eps, out)
+    return out
+
+
+def _check_rows(x):
+    check(x, "x", dtype=FLOATS)
+    if x.ndim == 0:
+        raise ValueError("x must have at least the dimension [dim], got shape ()")
+
+
+def rms_norm_reference(x, weight, eps):
+    x, weight = float64(x), float64(weight)
+    return x * weight / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps)
+
+
+def _launch_rms_norm(x, weight, eps, out):
+    dim = weight.size
+    warps = _warps(dim)
+    kernel = instance("rms_norm", x.dtype, weight.dtype, out.dtype, access_width(dim, x, weight, out), warps)
+    launch(kernel, (x.size // dim,), (32 * warps,), (x, weight, out, np.int32(dim), np.float32(eps)))
+
+
+def _warps(dim):
+    return 1 if dim <= 256 else 8
+
+
+@accepts_dlpack
+def layer_norm(x, weight, bias=None, *, eps=1e-5, dtype=None, out=None):
+    """y = (x - mean) * weight / sqrt(mean((x - mean)**2) + eps) + bias, with means over the last axis
+
+    x [..., dim] and weight [dim] may each be float16, bfloat16 or float32; bias [dim] has weight's dtype; y has x's
+    shape and `dtype` (default: x's). The variance is the biased one, taken in a second pass from the deviations. Sums
+    are fp32 in a fixed order (float64 in the reference) and the result is rounded once. `out` may be x itself where
+    the dtypes agree. Raises TypeError / ValueError for wrong dtypes, shapes, strides or a partial overlap of out and
+    an input.
+    Source: Ba, Kiros and Hinton, Layer Normalization, arXiv 1607.06450.
+
+    >>> layer_norm(np.array([[1.0, 3.0]], np.float32), np.ones(2, np.float32), eps=0.0)
+    array([[-1.,  1.]], dtype=float32)
+    """
+    xp = namespace(x=x, weight=weight, bias=bias)
+    _check_rows(x)
+    check(weight, "weight", dtype=FLOATS, shape=x.shape[-1:])
+    if bias is not None:
+        check(bias, "bias", dtype=weight.dtype, shape=weight.shape)
+    out = output(xp, out, x.shape, x.dtype if dtype is None else np.dtype(dtype))
+    check(out, "out", dtype=FLOATS)
+    refuse_partial_overlap(out, x=x, weight=weight, bias=bias)
+    if x.size == 0:
+        return out
+    if xp is np:
+        store(out, layer_norm_reference(x, weight, bias, eps))
+    else:
+        _launch_layer_norm(x, weight, bias, eps, out)
+    return out
+
+
+def layer_norm_reference(x, weight, bias, eps):
+    x = float64(x)
+    deviation = x - np.mean(x, axis=-1, keepdims=True)
+    y = deviation * float64(weight) / np.sqrt(np.mean(deviation * deviation, axis=-1, keepdims=True) + eps)
+    return y if bias is None else y + float64(bias)
+
+
+def _launch_layer_norm(x, weight, bias, eps, out):
+    dim = weight.size
+    warps = _warps(dim)
+    vector = access_width(dim, x, weight, bias, out)
+    kernel = instance("layer_norm", x.dtype, weight.dtype, out.dtype, vector, warps)
+    launch(kernel, (x.size // dim,), (32 * warps,), (x, weight, bias, out, np.int32(dim), np.float32(eps)))
+
+
+@accepts_dlpack
+def head_norm(x, weight, bias=None, *, eps=1e-6, kind="rms", out=None):
+    """y = rms_norm or layer_norm (`kind` "rms" or "layer") of each head of x, plus bias
+
+    x [..., heads, head_dim] and weight [head_dim] or [heads, head_dim] may each be float16, bfloat16 or float32; bias
+    has weight's shape and dtype; y has x's shape and dtype. Any head_dim. Sums are fp32 in a fixed order (float64 in
+    the reference) and the result is rounded once. `out` may be x itself. Raises TypeError / ValueError for wrong
+    dtypes, shapes, strides, an unknown kind or a partial overlap of out and an input.
+
+    >>> head_norm(np.array([[3.0, 4.0], [0.0, 2.0]], np.float32), np.ones(2, np.float32), eps=0.0)
+    array([[0.84852815, 1.1313709 ],
+           [0.        , 1.4142135 ]], dtype=float32)
+    """
+    xp = namespace(x=x, weight=weight, bias=bias)
+    if kind not in ("rms", "layer"):
+        raise ValueError(f'kind must be "rms" or "layer", got {kind!r}')
+    check(x, "x", dtype=FLOATS)
+    if x.ndim < 2:
+        raise ValueError(f"x must have at least the dimensions [heads, head_dim], got shape {x.shape}")
+    check(weight, "weight", dtype=FLOATS)
+    if weight.shape not in (x.shape[-1:], x.shape[-2:]):
+        raise ValueError(f"weight must have shape {x.shape[-1:]} or {x.shape[-2:]}, as x's heads, got {weight.shape}")
+    if bias is not None:
+        check(bias, "bias", dtype=weight.dtype, shape=weight.shape)
+    out = output(xp, out, x.shape, x.dtype)
+    refuse_partial_overlap(out, x=x, weight=weight, bias=bias)
+    if x.size == 0:
+        return out
+    if xp is np:
+        store(out, head_norm_reference(x, weight, bias, eps, kind))
+    else:
+        _launch_head_norm(x, weight, bias, eps, kind, out)
+    return out
+
+
+def head_norm_reference(x, weight, bias, eps, kind):
+    if kind == "layer":
+        return layer_norm_reference(x, weight, bias, eps)
+    y = rms_norm_reference(x, weight, eps)
+    return y if bias is None else y + float64(bias)
+
+
+def _launch_head_norm(x, weight, bias, eps, kind, out):
+    heads, head_dim = x.shape[-2:]
+    rows = x.size // head_dim  # one warp each
+    vector = access_width(head_dim, x, weight, bias, out)
+    kernel = instance("head_norm", x.dtype, weight.dtype, kind == "rms", vector)
+    weight_rows = heads if weight.ndim == 2 else 1
+    launch(
+        kernel,
+        ((rows + 3) // 4,),
+        (128,),
+        (x, weight, bias, out, np.int64(rows), np.int32(weight_rows), np.int32(head_dim), np.float32(eps)),
+    )
+
+
+INSTANCES = [
+    *(instance("rms_norm", x, w, w, 4 if float32 in (x, w) else 8, 8) for x, w in itertools.product(FLOATS, FLOATS)),
+    *(instance("rms_norm", float32, float16, float16, vector, 1) for vector in (1, 4)),
+    *(instance("layer_norm", x, float16, float16, 4 if x == float32 else 8, 8) for x in (float16, float32)),
+    instance("layer_norm", bfloat16, bfloat16, bfloat16, 8, 8),
+    instance("layer_norm", float32, float32, float32, 1, 1),
+    *(instance("head_norm", x, x, kind, 8) for x in (float16, bfloat16) for kind in (True, False)),
+    instance("head_norm", float32, float32, True, 1),
+]
+"""What `cupyq compile` builds ahead; other combinations are compiled when first used."""

@@ -1,0 +1,318 @@
+"""Sampler settings, streaming text and the generation loop, with models small enough to follow by hand."""
+
+import dataclasses
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from cupyq.errors import FormatError
+from cupyq.generate import SamplerSettings, StreamDecoder, encode, generate, load_tokenizer
+
+MODELS = ROOT / "examples/models"
+
+
+class FakeModel:
+    """After token t at position p comes (3 t + p) mod vocab; `spread` of the logits left for the others."""
+
+    xp = np
+    backend = "numpy"
+
+    def __init__(self, vocab_size=50, spread=None):
+        self.config = SimpleNamespace(vocab_size=vocab_size, max_seq_len=64)
+        self.spread = spread
+        self.fed = []
+        self.capacity = None
+
+    def new_cache(self, batch=1, capacity=None):
+        assert batch == 1
+        self.capacity = capacity
+        return SimpleNamespace(length=0)
+
+    def forward(self, ids, cache=None, *, last_only=False):
+        assert ids.dtype == np.int32 and last_only
+        self.fed.append(ids[0].tolist())
+        cache.length += ids.shape[1]
+        assert cache.length <= self.capacity
+        logits = np.zeros((1, 1, self.config.vocab_size), np.float32)
+        logits[0, 0, self.follower(int(ids[0, -1]), cache.length - 1)] = 30.0 if self.spread is None else self.spread
+        return logits
+
+    def follower(self, token, position):
+        return (3 * token + position) % self.config.vocab_size
+
+    def chain(self, prompt, count):
+        tokens = list(prompt)
+        for _ in range(count):
+            tokens.append(self.follower(tokens[-1], len(tokens) - 1))
+        return tokens[len(prompt) :]
+
+
+# --- the loop ---------------------------------------------------------------------------------------------------------
+
+
+def test_each_token_is_fed_back_once_and_the_prompt_in_one_piece():
+    model = FakeModel()
+    seen = []
+    result = generate(model, [4, 7, 9], max_new_tokens=6, settings=SamplerSettings.greedy(), on_token=seen.append)
+    expected = model.chain([4, 7, 9], 6)
+    assert result.tokens == seen == expected
+    assert model.fed == [[4, 7, 9], *([token] for token in expected[:-1])]
+    assert model.capacity == 3 + 6 - 1
+    assert result.prompt_tokens == [4, 7, 9] and result.stopped_by is None and result.steps == 6
+    assert result.prefill_tokens_per_s > 0 and result.decode_tokens_per_s > 0
+
+
+def test_one_token_has_no_decode_speed():
+    result = generate(FakeModel(), [1], max_new_tokens=1, settings=SamplerSettings.greedy())
+    assert len(result.tokens) == 1 and result.decode_tokens_per_s is None
+
+
+def test_a_stop_token_ends_the_generation_and_is_left_out():
+    model = FakeModel()
+    chain = model.chain([4, 7, 9], 6)
+    stop = chain[3]
+    assert stop not in chain[:3]
+    seen = []
+    result = generate(
+        model, [4, 7, 9], max_new_tokens=6, settings=SamplerSettings.greedy(), stop_ids=(stop, 49), on_token=seen.append
+    )
+    assert result.tokens == seen == chain[:3]
+    assert result.stopped_by == stop and result.steps == 4
+
+
+def test_the_seed_decides_and_none_draws_a_new_one():
+    def run(seed):
+        return generate(FakeModel(spread=1.0), [5], max_new_tokens=40, settings=SamplerSettings(1.0, 0, 1.0, seed=seed))
+
+    assert run(7).tokens == run(7).tokens
+    assert run(7).tokens != run(8).tokens
+    free = run(None)
+    assert run(free.seed).tokens == free.tokens
+    assert run(None).seed != free.seed
+    assert len(set(free.tokens)) > 5  # every step draws anew
+
+
+def test_prompts_of_every_integer_kind_are_taken():
+    expected = FakeModel().chain([4, 7], 3)
+    for prompt in ([4, 7], (4, 7), np.array([4, 7]), np.array([4, 7], np.uint8), [np.int64(4), np.int64(7)]):
+        assert generate(FakeModel(), prompt, max_new_tokens=3, settings=SamplerSettings.greedy()).tokens == expected
+
+
+@pytest.mark.parametrize(
+    ("prompt", "new", "error", "says"),
+    [
+        ([], 4, ValueError, "prompt_ids is empty"),
+        ([1, 50], 4, ValueError, r"token 50 at position 1, expected 0 to 49"),
+        ([-1], 4, ValueError, r"token -1 at position 0"),
+        ([1.5], 4, TypeError, "whole numbers"),
+        ([[1, 2]], 4, TypeError, "shape"),
+        (["a"], 4, TypeError, "whole numbers"),
+        ([True], 4, TypeError, "whole numbers"),
+        ([1] * 65, 1, ValueError, "65 tokens, the model's context 64"),
+        ([1] * 60, 6, ValueError, "at most 5 new tokens"),
+        ([1], 0, ValueError, "max_new_tokens"),
+        ([1], 2.5, ValueError, "max_new_tokens"),
+    ],
+)
+def test_wrong_calls_say_what_is_wrong(prompt, new, error, says):
+    model = FakeModel()
+    with pytest.raises(error, match=says) as caught:
+        generate(model, prompt, max_new_tokens=new)
+    assert "\n" not in str(caught.value)
+    assert model.fed == []
+
+
+def test_the_context_can_be_filled_to_the_last_place():
+    assert len(generate(FakeModel(), [1] * 64, max_new_tokens=1).tokens) == 1
+    assert len(generate(FakeModel(), [1] * 60, max_new_tokens=5).tokens) == 5
+
+
+def test_logits_without_a_number_are_an_error_not_a_token():
+    class Broken(FakeModel):
+        def forward(self, ids, cache=None, *, last_only=False):
+            logits = super().forward(ids, cache, last_only=last_only)
+            return logits if cache.length < 4 else np.full_like(logits, np.nan)
+
+    seen = []
+    with pytest.raises(ValueError, match="logits at position 3 are not finite"):
+        generate(Broken(), [1, 2], max_new_tokens=5, settings=SamplerSettings.greedy(), on_token=seen.append)
+    assert len(seen) == 2
+
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+
+
+def test_defaults_are_those_of_exllamav2():
+    assert dataclasses.astuple(SamplerSettings()) == (0.8, 50, 0.8, 0.0, None)
+    assert SamplerSettings.greedy().is_greedy and not SamplerSettings().is_greedy
+    assert SamplerSettings(temperature=0).is_greedy and SamplerSettings(top_k=1).is_greedy
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [
+        ("temperature", -0.1, ValueError),
+        ("temperature", float("nan"), ValueError),
+        ("temperature", float("inf"), ValueError),
+        ("temperature", "1", TypeError),
+        ("top_k", -1, ValueError),
+        ("top_k", 1.0, TypeError),
+        ("top_k", True, TypeError),
+        ("top_p", 1.01, ValueError),
+        ("top_p", 0, ValueError),
+        ("top_k", 1 << 31, ValueError),
+        ("min_p", 2, ValueError),
+        ("min_p", None, TypeError),
+        ("seed", -1, ValueError),
+        ("seed", 1 << 32, ValueError),
+        ("seed", 0.5, TypeError),
+    ],
+)
+def test_settings_out_of_range_are_refused(name, value, error):
+    with pytest.raises(error, match=f"^{name} must be"):
+        SamplerSettings(**{name: value})
+
+
+# --- text -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def byte_level():
+    """Byte-level BPE trained on English: other scripts come out as one token per byte."""
+    return load_tokenizer(MODELS / "shakespeare")
+
+
+@pytest.fixture(scope="module")
+def byte_fallback():
+    """As sentencepiece makes them: word starts are spaces, the decoder strips the first one, unknown characters are bytes."""
+    from tokenizers import Tokenizer, decoders, models
+
+    words = ["<unk>", "▁", "▁to", "▁be", "x", "。"]
+    vocab = {word: index for index, word in enumerate(words)} | {f"<0x{byte:02X}>": 6 + byte for byte in range(256)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True, unk_token="<unk>"))
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return tokenizer
+
+
+def pieces(tokenizer, ids, prompt=()):
+    decoder = StreamDecoder(tokenizer, prompt)
+    return [decoder.add(token) for token in ids] + [decoder.finish()]
+
+
+def test_a_character_comes_whole_with_its_last_byte(byte_level):
+    text = "né 😀漢"
+    ids = encode(byte_level, text)
+    assert len(ids) == len(text.encode())  # one token per byte, so every split is possible
+    assert pieces(byte_level, ids) == ["n", "", "é", " ", "", "", "", "😀", "", "", "漢", ""]
+
+
+def test_byte_fallback_runs_come_whole_too(byte_fallback):
+    characters = "漢字😀é" * 12
+    ids = [2, *(6 + byte for byte in characters.encode()), 3, 4]
+    result = pieces(byte_fallback, ids)
+    assert "".join(result) == f"to{characters} bex"
+    assert not any("\ufffd" in piece for piece in result)
+    assert [len(piece) for piece in result[1:-3]] == [i for c in characters for i in [0] * (len(c.encode()) - 1) + [1]]
+
+
+def test_pieces_join_to_the_whole_text(byte_level, byte_fallback):
+    random = np.random.default_rng(1)
+    for trial in range(300):
+        words = random.choice(["a", "é", "😀", "漢", " ", "\n", "the ", "z\u0308", "👨\u200d👩"], random.integers(1, 80))
+        for tokenizer, ids in (
+            (byte_level, encode(byte_level, "".join(words))),
+            (byte_level, random.integers(0, 1024, 100)),  # no text: invalid bytes, too
+            (byte_fallback, [t for w in words for t in ([2] if w.isascii() else [6 + b for b in w.encode()])]),
+        ):
+            ids = [int(token) for token in ids]
+            assert "".join(pieces(tokenizer, ids)) == tokenizer.decode(ids), trial
+            cut = int(random.integers(0, len(ids)))
+            before = tokenizer.decode(ids[:cut])
+            if before and "\ufffd" not in before:
+                assert before + "".join(pieces(tokenizer, ids[cut:], ids[:cut])) == tokenizer.decode(ids), trial
+
+
+def test_the_space_after_the_prompt_is_kept(byte_fallback):
+    assert "".join(pieces(byte_fallback, [3, 2])) == "be to"
+    assert "".join(pieces(byte_fallback, [3, 2], prompt=[2])) == " be to"
+
+
+def test_bytes_that_never_become_a_character_are_shown_in_the_end(byte_level):
+    start = encode(byte_level, "😀")[0]
+    assert pieces(byte_level, [start]) == ["", "\ufffd"]
+    assert "".join(pieces(byte_level, [start] * 100)) == "\ufffd" * 100
+
+
+def test_special_tokens_are_not_shown(byte_level):
+    assert "".join(pieces(byte_level, [0, *encode(byte_level, "word"), 1])) == "word"
+
+
+def test_a_step_decodes_a_short_window_only(byte_level):
+    class Counting:
+        longest = 0
+
+        def decode(self, ids, **options):
+            self.longest = max(self.longest, len(ids))
+            return byte_level.decode(ids, **options)
+
+    for ids in (encode(byte_level, "To be, or not to be. " * 40), encode(byte_level, "漢" * 200), [129] * 300, [0] * 300):
+        counting = Counting()
+        decoder = StreamDecoder(counting)
+        for token in ids:
+            decoder.add(token)
+        assert counting.longest <= 32
+
+
+def test_a_missing_tokenizer_names_file_and_mend(tmp_path):
+    with pytest.raises(FormatError, match=r"tokenizer\.json: missing; copy it"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text('{"version": "1.0"')
+    with pytest.raises(FormatError, match=r"tokenizer\.json: not a tokenizer") as caught:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+# --- the shipped models -----------------------------------------------------------------------------------------------
+
+
+def continues_greedily(name, backend):
+    from cupyq.models.loader import load_model
+
+    golden = json.loads((MODELS / name / "greedy.json").read_text())
+    model = load_model(MODELS / name, backend=backend)
+    count = len(golden["greedy"])
+    result = generate(model, golden["prompt"], max_new_tokens=count, settings=SamplerSettings.greedy())
+    assert result.tokens == golden["greedy"]
+    return golden, result
+
+
+@pytest.mark.parametrize("name", ["shakespeare", "shakespeare-gptq-g32"])
+def test_greedy_continuation(name):
+    continues_greedily(name, "numpy")
+
+
+def test_greedy_text_of_the_recorded_run(byte_level):
+    golden = json.loads((MODELS / "shakespeare/greedy.json").read_text())
+    assert "".join(pieces(byte_level, golden["prompt"] + golden["greedy"])) == golden["text"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["shakespeare", "shakespeare-gptq-g32"])
+def test_greedy_continuation_on_the_gpu(name):
+    _, first = continues_greedily(name, "cupy")
+    _, again = continues_greedily(name, "cupy")
+    assert first.tokens == again.tokens
+
+
+@pytest.mark.gpu
+def test_sampled_tokens_repeat_on_the_gpu():
+    from cupyq.models.loader import load_model
+
+    model = load_model(MODELS / "shakespeare-exl2-4.0", backend="cupy")
+    runs = [generate(model, [32, 200, 200], max_new_tokens=64, settings=SamplerSettings(seed=11)).tokens for _ in range(2)]
+    assert runs[0] == runs[1] and len(runs[0]) > 0

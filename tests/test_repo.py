@@ -1,0 +1,515 @@
+"""The repository checks itself: who imports whom, that every op has its reference, that every kernel compiles."""
+
+import ast
+import doctest
+import hashlib
+import importlib
+import inspect
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, digest_of, receipt_state, source_digests
+
+import cupyq
+from cupyq import _kernels
+from cupyq._device import TARGET_ARCHS
+
+sys.path.insert(0, str(ROOT / "tools"))
+from compile_table import compile_and_read_log, listed_instances  # noqa: E402
+from cuda_extra import cuda_extra  # noqa: E402
+
+PACKAGE = ROOT / "cupyq"
+KERNELS = PACKAGE / "cu"
+
+# --- who imports whom -------------------------------------------------------------------------------------------------
+
+# An import may point to a module of the same or a lower number, never up, and never in a circle.
+LAYERS = {
+    "errors": 0,
+    "_arrays": 1,
+    "_device": 1,
+    "_progress": 1,
+    "formats": 1,
+    "_kernels": 2,
+    "ops": 3,
+    "layers": 4,
+    "models": 5,
+    "tp": 5,
+    "generate": 6,
+    "quantize": 6,
+    "doctor": 7,
+    "ext": 7,
+    "cli": 7,
+    "__main__": 7,
+}
+
+
+def module_names():
+    return sorted(
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        for path in PACKAGE.rglob("*.py")
+    )
+
+
+def imports_of(name, source, known):
+    """The cupyq modules that a module's source imports anywhere, functions included."""
+    package = name if (ROOT / name.replace(".", "/") / "__init__.py").exists() else name.rpartition(".")[0]
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                above = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*above, base] if base else above)
+            # `from package import module` names a module, `from module import function` does not.
+            found |= {f"{base}.{alias.name}" if f"{base}.{alias.name}" in known else base for alias in node.names}
+    return {found_name for found_name in found if found_name.partition(".")[0] == "cupyq"}
+
+
+@cache
+def import_graph():
+    known = set(module_names())
+    graph = {}
+    for name in known:
+        path = ROOT / name.replace(".", "/")
+        path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        graph[name] = imports_of(name, path.read_text(), known)
+    return graph
+
+
+def layer(name):
+    return max(LAYERS.values()) - 0.5 if name == "cupyq" else LAYERS[name.split(".")[1]]
+
+
+def upward_arrows(graph):
+    """Imports that point up, as text. cupyq/__init__.py hands out names of every layer: it ranks below the top."""
+    arrows = []
+    for name, targets in graph.items():
+        if name == "cupyq":
+            continue
+        arrows += [f"{name} imports {t}" for t in sorted(targets) if layer(t) > layer(name)]
+    return arrows
+
+
+def test_every_module_has_a_layer():
+    assert {name.split(".")[1] for name in module_names() if name != "cupyq"} <= LAYERS.keys()
+
+
+def test_imports_never_point_up():
+    assert upward_arrows(import_graph()) == []
+
+
+def test_an_upward_import_would_be_seen():
+    known = set(module_names())
+    wrong = {
+        "import cupyq.ops.norm": "cupyq.formats.exl2",
+        "from cupyq.ops import norm": "cupyq._kernels",
+        "from cupyq.ops.norm import rms_norm": "cupyq.formats.exl2",
+        "from ..layers import linear": "cupyq.ops.norm",
+        "def late():\n    from .. import _kernels": "cupyq.formats.exl2",
+        "import cupyq": "cupyq.ops.norm",
+    }
+    for source, name in wrong.items():
+        assert upward_arrows({name: imports_of(name, source, known)}), source
+    assert not upward_arrows({"cupyq.ops.norm": imports_of("cupyq.ops.norm", "from cupyq import _kernels", known)})
+
+
+def test_imports_have_no_circle():
+    graph = import_graph()
+    done = set()
+
+    def visit(name, trail):
+        assert name not in trail, " imports ".join([*trail[trail.index(name) :], name])
+        if name not in done:
+            for target in sorted(graph.get(name, ()) - {"cupyq"}):
+                visit(target, [*trail, name])
+            done.add(name)
+
+    for name in sorted(graph):
+        visit(name, [])
+
+
+def test_cupy_is_imported_late_and_in_one_place():
+    """Only _arrays.require_cupy() imports CuPy, so that one message explains its absence; torch and JAX, nobody."""
+    importers = set()
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                names = [node.module]
+            importers |= {(name.split(".")[0], path.relative_to(PACKAGE).as_posix()) for name in names}
+    assert {(name, path) for name, path in importers if name in ("torch", "jax", "jaxlib", "tensorflow")} == set()
+    # _kernels imports cupy.cuda.nvrtc, after require_cupy(); the doctor looks at what is wrong with CuPy.
+    allowed = {"_arrays.py", "_kernels.py", "doctor.py"}
+    assert {path for name, path in importers if name in ("cupy", "cupyx", "cupy_backends")} <= allowed
+
+
+def run_python(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_importing_cupyq_touches_no_device_and_needs_no_cupy():
+    modules = ", ".join(name for name in module_names() if name != "cupyq.__main__")
+    code = f"""
+import sys
+sys.modules["cupy"] = None  # importing it now raises ImportError
+import {modules}
+import numpy as np
+from cupyq.ops.norm import rms_norm
+print(rms_norm(np.array([[3, 4]], np.float32), np.ones(2, np.float32), eps=0.0).tolist())
+"""
+    result = run_python(code)
+    assert result.returncode == 0, result.stderr
+    assert "[[0.848" in result.stdout
+    result = run_python("import sys, cupyq; print('cupy' in sys.modules, 'torch' in sys.modules, 'jax' in sys.modules)")
+    assert result.stdout.split() == ["False"] * 3, result.stderr
+
+
+# --- ops --------------------------------------------------------------------------------------------------------------
+
+# Public ops whose reference is not a function of the same name, each with its reason.
+REFERENCE_ELSEWHERE: dict[str, str] = {}
+
+
+def public_ops():
+    """[(module name, function name)] of the functions decorated with accepts_dlpack."""
+    found = []
+    for path in sorted((PACKAGE / "ops").glob("*.py")):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+                decorators = [d.func if isinstance(d, ast.Call) else d for d in node.decorator_list]
+                if any(isinstance(d, ast.Name) and d.id == "accepts_dlpack" for d in decorators):
+                    found.append((f"cupyq.ops.{path.stem}", node.name))
+    return found
+
+
+def test_ops_are_found():
+    assert {"rms_norm", "layer_norm"} <= {name for _, name in public_ops()}
+
+
+@pytest.mark.parametrize(("module", "name"), public_ops())
+def test_every_op_has_a_reference_and_a_docstring(module, name):
+    module = importlib.import_module(module)
+    op = getattr(module, name)
+    assert name in REFERENCE_ELSEWHERE or callable(getattr(module, f"{name}_reference", None))
+    assert op.__doc__ and len(op.__doc__.strip().splitlines()) >= 3
+    arguments = inspect.signature(op).parameters
+    assert [p for p in arguments if p not in ("out", "workspace") and not re.search(rf"\b{p}\b", op.__doc__)] == []
+
+
+def test_every_op_is_watched_by_the_sanitizer():
+    cases = (ROOT / "tools/sanitize_cases.py").read_text()
+    assert [name for _, name in public_ops() if f"ops.{name}(" not in cases] == []
+
+
+def doctests(name):
+    """The docstrings of a module that hold examples."""
+    finder = doctest.DocTestFinder()
+    module = importlib.import_module(name)
+    tests = {test.name: test for test in finder.find(module, name)}
+    # The finder passes over decorated functions, as the decorator's module is another one.
+    for key, value in vars(module).items():
+        inner = inspect.unwrap(value) if callable(value) and hasattr(value, "__wrapped__") else None
+        if inner is not None and inner.__module__ == name:
+            tests |= {test.name: test for test in finder.find(inner, f"{name}.{key}", module)}
+    return {key: test for key, test in tests.items() if test.examples}
+
+
+@pytest.mark.parametrize("name", [name for name in module_names() if name != "cupyq.__main__"])
+def test_examples_in_docstrings(name):
+    for key, test in doctests(name).items():
+        report: list[str] = []
+        result = doctest.DocTestRunner(verbose=False).run(test, out=report.append)
+        assert not result.failed, f"{key}: {''.join(report)}"
+
+
+def test_decorated_ops_are_among_the_doctests():
+    assert "cupyq.ops.norm.rms_norm" in doctests("cupyq.ops.norm")
+
+
+# --- kernels ----------------------------------------------------------------------------------------------------------
+
+
+def kernel_files():
+    return sorted(KERNELS.glob("*.cu"))
+
+
+def kernels_in(text):
+    """Names of the __global__ functions of a source text."""
+    found = re.findall(r"__global__\s+void\s+(?:__launch_bounds__\s*\([^{;]*?\)\s*)?(\w+)\s*\(", without_comments(text))
+    assert len(found) == without_comments(text).count("__global__")
+    return found
+
+
+def without_comments(text):
+    return re.sub(r"//[^\n]*|/\*.*?\*/", "", text, flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("file", [path.stem for path in kernel_files()])
+@pytest.mark.parametrize("arch", TARGET_ARCHS)
+def test_every_instance_compiles_without_spilling(arch, file, request):
+    """Without a GPU. What a compilation gave is kept in the cache of pytest until its text changes."""
+    cache = getattr(request.config, "cache", None)
+    instances = {compilation_key(i, arch): i for i in listed_instances() if i.file == file}
+    known = cache.get(f"cupyq/spills-{arch}-{file}", {}) if cache else {}
+    missing = [key for key in instances if key not in known]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        results = pool.map(lambda key: compile_and_read_log(instances[key], arch).spill_bytes, missing)
+        spills = known | dict(zip(missing, results, strict=True))
+    spills = {key: spills[key] for key in instances}
+    if cache:
+        cache.set(f"cupyq/spills-{arch}-{file}", spills)
+    assert {str(instances[key]): count for key, count in spills.items() if count} == {}
+    assert spills
+
+
+def compilation_key(instance, arch):
+    """Everything the result of a compilation depends on."""
+    version = _kernels._nvrtc().getVersion()
+    parts = (included_text(f"{instance.file}.cu"), instance.expression, arch, str(_kernels.OPTIONS), str(version))
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def float_atomics_in(ptx):
+    """Atomic additions of floats in a PTX text: they add in the order of arrival, so other bits on every run."""
+    return re.findall(r"\b(?:atom|red)\.[\w.:]*add[\w.:]*\.b?f(?:16|32|64)\S*", ptx)
+
+
+def test_no_kernel_adds_floats_atomically():
+    """Read off the compiled text, as atomicAdd is legal on integers. An unknown architecture compiles to PTX."""
+    suspects = [
+        i for i in listed_instances() if re.search(r"atomicAdd|\batom\.|\bred\.", included_text(f"{i.file}.cu"))
+    ]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        texts = list(pool.map(lambda instance: _kernels.compile_instance(instance, "sm_999")[0].decode(), suspects))
+    assert {
+        str(i): float_atomics_in(text) for i, text in zip(suspects, texts, strict=True) if float_atomics_in(text)
+    } == {}
+    assert all(".target sm_" in text for text in texts)
+
+
+def included_text(name):
+    text = (KERNELS / name).read_text()
+    return text + "".join(included_text(header) for header in re.findall(r'#include "(\w+\.cuh)"', text))
+
+
+def test_float_atomics_would_be_seen():
+    for line in (
+        "atom.global.add.f32 %f1, [%rd1], %f2;",
+        "red.global.add.f32 [%rd1], %f2;",
+        "red.add.noftz.bf16x2 [a], b;",
+    ):
+        assert float_atomics_in(line), line
+    for line in ("atom.global.add.u32 %r1, [%rd1], 1;", "red.shared.add.s32 [%rd1], %r1;", "add.f32 %f1, %f2, %f3;"):
+        assert not float_atomics_in(line), line
+
+
+def test_every_kernel_has_a_listed_instance():
+    listed = {(instance.file, instance.expression.split("<")[0]) for instance in listed_instances()}
+    written = {(path.stem, kernel) for path in kernel_files() for kernel in kernels_in(path.read_text())}
+    assert written - listed == set()
+    assert listed - written == set()
+
+
+def test_the_readme_of_cu_lists_every_kernel():
+    """Rows `| file | kernels | ops |`: the files and kernels are all there, and nothing else is; the ops exist."""
+    rows = re.findall(r"^\| `(\w+\.cuh?)` \| (.*?)\| (.*?) \|$", (KERNELS / "README.md").read_text(), re.MULTILINE)
+    listed = {file: set(re.findall(r"`(\w+)`", kernels)) for file, kernels, _ in rows}
+    sources = sorted(KERNELS.glob("*.cu*"))
+    assert listed == {p.name: set(kernels_in(p.read_text())) if p.suffix == ".cu" else set() for p in sources}
+    for file, _, ops in rows:
+        for reference in re.findall(r"`(ops\.[\w.]+)`", ops):
+            module, _, name = reference.rpartition(".")
+            assert hasattr(importlib.import_module(f"cupyq.{module}"), name), f"{file}: {reference}"
+
+
+@pytest.mark.parametrize("path", kernel_files(), ids=lambda path: path.name)
+def test_a_kernel_file_opens_with_what_it_computes(path):
+    head = path.read_text().split("\n#include")[0]
+    assert head.startswith("// ")
+    for word in ("Numerics", "Limits", "Traffic", "Reference"):
+        assert f"// {word}" in head, f"{path.name} does not say: {word}"
+    for file, name in re.findall(r"(cupyq/[\w/]+\.py): (\w+)", head):
+        assert re.search(rf"^(def|class) {name}\b", (ROOT / file).read_text(), re.MULTILINE), f"{file}: {name}"
+
+
+@pytest.mark.parametrize("path", sorted(KERNELS.glob("*.cu*")), ids=lambda path: path.name)
+def test_device_code_keeps_its_rules(path):
+    code = without_comments(path.read_text())
+    for line in re.findall(r"^\s*#\s*include.*$", code, re.MULTILINE):
+        name = re.fullmatch(r'#include "(\w+\.cuh)"', line.strip())
+        assert name, f"{line}: kernels include files of cu/ only, NVRTC is given no include folder"
+        assert (KERNELS / name[1]).exists(), line
+    assert "std::" not in code
+    assert "assert(" not in code.replace("static_assert(", "")
+
+
+# --- Python rules -----------------------------------------------------------------------------------------------------
+
+# Modules over 500 lines, each with its reason.
+LONG_FILES: dict[str, str] = {}
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: p.relative_to(PACKAGE).as_posix())
+def test_python_code_keeps_its_rules(path):
+    text = path.read_text()
+    tree = ast.parse(text)
+    # `python -O` removes them.
+    assert not any(isinstance(node, ast.Assert) for node in ast.walk(tree)), "assert as a check"
+    assert path.relative_to(PACKAGE).as_posix() in LONG_FILES or len(text.splitlines()) <= 500
+    if path.name != "__init__.py" or text.strip():
+        assert ast.get_docstring(tree), "no docstring says what the module owns"
+    names_raw_module = any(isinstance(node, ast.Attribute) and node.attr == "RawModule" for node in ast.walk(tree))
+    assert names_raw_module == (path.name == "_kernels.py")
+
+
+def test_no_stray_words():
+    words = re.compile(r"\b(TODO|FIXME|XXX|NotImplementedError)\b")
+    sources = (
+        p for folder in (PACKAGE, ROOT / "tests") for p in folder.rglob("*") if p.suffix in (".py", ".cu", ".cuh")
+    )
+    found = [
+        f"{path.relative_to(ROOT)}:{number}"
+        for path in sources
+        if path != Path(__file__)
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if words.search(line)
+    ]
+    assert found == []
+
+
+def test_every_test_file_has_something_to_test():
+    """test_<name>.py belongs to a module, a kernel or a folder of the package, or to the repository itself."""
+    stems = {path.stem.lstrip("_") for path in PACKAGE.rglob("*")}
+    tests = {path.stem.removeprefix("test_") for path in (ROOT / "tests").glob("test_*.py")}
+    assert tests - stems - {"repo"} == set()
+
+
+# --- packaging --------------------------------------------------------------------------------------------------------
+
+
+def test_the_wheel_holds_the_kernels(tmp_path):
+    """Build it as an installer would, offline, from a copy of the tracked kinds of files."""
+    source = tmp_path / "source"
+    ignored = shutil.ignore_patterns("__pycache__", ".*", "*.egg-info", "build", "dist", "examples", "tests")
+    shutil.copytree(ROOT, source, ignore=ignored)
+    code = "import sys; from setuptools import build_meta; print(build_meta.build_wheel(sys.argv[1]))"
+    built = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], cwd=source, capture_output=True, text=True, timeout=120
+    )
+    assert built.returncode == 0, built.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    files = set(zipfile.ZipFile(wheel).namelist())
+    package = {p.relative_to(ROOT).as_posix() for p in PACKAGE.rglob("*") if p.suffix in (".py", ".cu", ".cuh")}
+    assert package | {"cupyq/cu/README.md"} == {name for name in files if name.startswith("cupyq/")}
+    assert any(name.endswith("licenses/LICENSE") for name in files)
+
+
+@pytest.mark.parametrize(
+    ("version", "status", "extra"),
+    [
+        (11080, 0, ""),
+        (12000, 0, "cuda12"),
+        (12090, 0, "cuda12"),
+        (13000, 0, "cuda13"),
+        (14010, 0, "cuda13"),
+        (13000, 3, ""),
+    ],
+)
+def test_the_cuda_extra_follows_the_driver(monkeypatch, version, status, extra):
+    class Driver:
+        def __init__(self, library):
+            pass
+
+        def cuDriverGetVersion(self, pointer):
+            pointer._obj.value = version
+            return status
+
+    monkeypatch.setattr("cuda_extra.ctypes.CDLL", Driver)
+    assert cuda_extra() == extra
+
+
+def test_without_a_driver_there_is_no_cuda_extra():
+    assert cuda_extra("libabsent.so.1") == ""
+
+
+# --- the receipt ------------------------------------------------------------------------------------------------------
+
+
+def fake_tree(root):
+    for name, text in {"cupyq/a.py": "1", "cupyq/cu/b.cu": "2", "cupyq/cu/c.cuh": "3", "tests/test_a.py": "4"}.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+def write_fake_receipt(root):
+    digests = source_digests(root)
+    counts = {"passed": 7, "failed": 0, "skipped": 0}
+    record = {"gpus": ["GPU"], "date": "2026-01-02", "counts": counts, "digest": digest_of(digests), "files": digests}
+    receipt = root / "tests/gpu_receipt.json"
+    receipt.write_text(json.dumps(record))
+    return receipt
+
+
+def test_the_receipt_notices_every_source_change(tmp_path):
+    root = fake_tree(tmp_path)
+    assert "missing" in receipt_state(root / "tests/gpu_receipt.json", root)
+    receipt = write_fake_receipt(root)
+    assert "matches the sources (GPU, 2026-01-02, 7 passed)" in receipt_state(receipt, root)
+    for name in source_digests(root):
+        path = root / name
+        text = path.read_text()
+        path.write_text(text + " ")
+        assert "differs" in receipt_state(receipt, root) and name in receipt_state(receipt, root)
+        path.write_text(text)
+    (root / "cupyq/new.cuh").write_text("")
+    assert "differs" in receipt_state(receipt, root) and "cupyq/new.cuh" in receipt_state(receipt, root)
+    (root / "cupyq/new.cuh").unlink()
+    (root / "cupyq/notes.md").write_text("not a source")
+    assert "matches" in receipt_state(receipt, root)
+
+
+def test_a_gpu_test_fails_where_a_gpu_is_required_and_missing(tmp_path):
+    """The options of conftest.py, in a run of their own where CuPy cannot be imported."""
+    (tmp_path / "conftest.py").write_text((ROOT / "tests/conftest.py").read_text())
+    (tmp_path / "test_one.py").write_text("import pytest\n\n@pytest.mark.gpu\ndef test_kernel(cupy):\n    pass\n")
+    (tmp_path / "cupy.py").write_text("raise ImportError('kept away')")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+
+    def run(*options):
+        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", "-q", *options, tmp_path]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+
+    result = run()
+    assert result.returncode == 0 and "1 skipped" in result.stdout
+    result = run("--require-gpu", "--gpu-receipt", tmp_path / "receipt.json")
+    assert result.returncode == 1 and "no GPU is usable here" in result.stdout
+    assert "no receipt written: there is no GPU" in result.stdout
+    assert not (tmp_path / "receipt.json").exists()
+
+
+def test_public_names_resolve():
+    for name in cupyq.__all__:
+        assert getattr(cupyq, name) is not None
