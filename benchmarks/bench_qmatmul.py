@@ -7,6 +7,7 @@ The limit of a problem is its bytes over the streaming read measured in the same
 """
 
 import argparse
+import importlib
 import json
 import sys
 
@@ -16,14 +17,15 @@ from common import cublas_tflops, eager_microseconds, graph_microseconds, read_g
 
 from cupyq import QMatrix, _device
 from cupyq.formats.exl2 import exl2_layout
-from cupyq.ops import qmatmul as family
 from cupyq.ops.matmul import gemm
+
+family = importlib.import_module("cupyq.ops.qmatmul")  # the op of the same name hides the module
 
 SHAPES = ("4096x4096", "4096x6144", "14336x4096", "4096x28672", "8192x28672", "28672x8192")
 COLD_BYTES = 400 * 2**20
 
 
-def random_matrix(k, n, bits, group, seed):
+def random_matrix(k, n, bits, group, seed, has_perm=True):
     """A QMatrix of random codes, made on the GPU: timing needs no meaningful weights, only valid ones."""
     rng = cupy.random.default_rng(seed)
     groups = k // group
@@ -37,7 +39,7 @@ def random_matrix(k, n, bits, group, seed):
             "q_scale": random_words(groups, n // 8),
             "q_scale_max": np.full(groups, 0.02, np.float16),
             "q_groups": table,
-            "q_invperm": np.random.default_rng(seed).permutation(k).astype(np.int32),
+            "q_invperm": np.random.default_rng(seed).permutation(k).astype(np.int32) if has_perm else None,
         }
     )
 
@@ -118,17 +120,21 @@ def main():
     parser.add_argument("--group", type=int, default=128)
     parser.add_argument("--configs", action="store_true", help="time every sensible QmatmulConfig and print the best")
     parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--no-perm", action="store_true", help="matrices without activation order")
     options = parser.parse_args()
 
     read, flops = read_gigabytes_per_s(), cublas_tflops()
     print(f"{_device.current().name}: streaming read {read:.0f} GB/s, fp16 product {flops:.0f} TFLOP/s")
-    print(f"{'K x N':>14} {'bits':>4} {'rows':>5} {'us':>8} {'GB/s':>6} {'limit us':>8} {'share':>6} {'cuBLAS':>7} {'int4':>7}")
+    head = f"{'K x N':>14} {'bits':>4} {'rows':>5} {'us':>8} {'GB/s':>6} {'limit us':>8} {'share':>6}"
+    print(f"{head} {'cuBLAS':>7} {'int4':>7}")
     for shape in options.shapes.split(","):
         k, n = map(int, shape.split("x"))
         peers = {}
         for bits in map(int, options.bits.split(",")):
             moved = k * n * bits / 8 + k // options.group * n * 2
-            matrices = [random_matrix(k, n, bits, options.group, seed) for seed in range(copies(int(moved)))]
+            matrices = [
+                random_matrix(k, n, bits, options.group, seed, not options.no_perm) for seed in range(copies(int(moved)))
+            ]
             for rows in map(int, options.rows.split(",")):
                 x = cupy.asarray(np.random.default_rng(0).standard_normal((rows, k)).astype(np.float16))
                 verify(matrices[0], x)
@@ -156,15 +162,15 @@ def best_config(matrices, x):
     """The quickest of a small sweep of thread-block shapes and slice counts."""
     blocks = matrices[0].tiles.layout.blocks
     results = []
-    for warps_n, warps_k in ((4, 2), (4, 1), (2, 2), (2, 4), (1, 4), (1, 8), (4, 4), (8, 1)):
-        for factor in (1, 2, 3, 4, 6, 8):
+    for warps_n, warps_k in ((4, 2), (4, 1), (2, 4), (1, 8), (4, 4), (8, 1)):
+        for factor in (1, 2, 4, 6):
             column_blocks = -(-matrices[0].n // (32 * warps_n))
             slices = max(1, factor * 132 // column_blocks)
             if slices > max(1, blocks // (2 * warps_k)):
                 continue
             slice_blocks = -(-blocks // slices)
             m_tiles = next(t for t in (1, 2, 4, 8) if 8 * t >= x.shape[0])
-            for chunk in {min(slice_blocks, 48 * 1024 // (512 * m_tiles) - 1), min(slice_blocks, 96 * 1024 // (512 * m_tiles) - 1)}:
+            for chunk in {min(slice_blocks, kib * 2 // m_tiles - 1) for kib in (48, 96)}:
                 config = family.QmatmulConfig(m_tiles, warps_n, warps_k, -(-blocks // slice_blocks), slice_blocks, chunk)
                 if config not in [c for _, c in results]:
                     results.append((time_qmatmul(matrices, x, config), config))

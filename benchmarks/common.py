@@ -67,7 +67,8 @@ def read_gigabytes_per_s(size_bytes=4 * 2**30):
     sms = cupy.cuda.Device().attributes["MultiProcessorCount"]
     best = 1e30
     for blocks in (4, 8, 16):
-        best = min(best, graph_microseconds(lambda b=blocks: kernel((b * sms,), (512,), (data, out, np.int64(size_bytes // 16)))))
+        arguments = (data, out, np.int64(size_bytes // 16))
+        best = min(best, graph_microseconds(lambda b=blocks, a=arguments: kernel((b * sms,), (512,), a)))
     return size_bytes / best / 1e3
 
 

@@ -198,6 +198,16 @@ def _framework(array):
     return type(array).__module__.split(".")[0]
 
 
+class _StreamHandle:
+    """A raw stream pointer, as the CUDA stream protocol hands streams around."""
+
+    def __init__(self, pointer):
+        self.pointer = pointer
+
+    def __cuda_stream__(self):
+        return 0, self.pointer  # protocol version, cudaStream_t
+
+
 @contextlib.contextmanager
 def _caller_stream(framework, arrays):
     """Make the caller's device and stream CuPy's current ones while the op runs.
@@ -214,7 +224,7 @@ def _caller_stream(framework, arrays):
     with cupy.cuda.Device(device_id):
         if framework == "torch":
             pointer = sys.modules["torch"].cuda.current_stream(device_id).cuda_stream
-            stream = cupy.cuda.ExternalStream(pointer) if pointer else cupy.cuda.Stream.null
+            stream = cupy.cuda.Stream.from_external(_StreamHandle(pointer)) if pointer else cupy.cuda.Stream.null
             with stream:
                 yield
         else:

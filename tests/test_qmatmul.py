@@ -59,7 +59,9 @@ def test_tiles_hold_every_code_and_find_it_in_the_checkpoint(widths):
     packed = tensors["q_weight"].view(np.uint32)
     for row in rng.integers(0, layout.k, 20):
         bits, first = int(tile_layout.block_bits[row // 32]), int(tile_layout.bit_offset[row])
-        read = [sum(int(packed[(first + b) // 32, c] >> np.uint32((first + b) % 32) & 1) << b for b in range(bits)) for c in range(72)]
+        read = np.zeros(72, np.uint32)
+        for b in range(bits):
+            read |= (packed[(first + b) // 32] >> np.uint32((first + b) % 32) & np.uint32(1)) << np.uint32(b)
         np.testing.assert_array_equal(read, codes[row])
 
 
@@ -242,7 +244,13 @@ def test_reconstruct_is_bit_exact(widths, cupy):
 GPTQ_CASES = [
     dict(bits=bits, k=k, n=n, groups=groups, act_order=act_order, version=version)
     for bits in (2, 3, 4, 8)
-    for k, n, groups, act_order in ((128, 32, 4, False), (160, 64, 4, True), (320, 96, 8, False), (96, 32, 1, False), (128, 32, 8, False))
+    for k, n, groups, act_order in (
+        (128, 32, 4, False),
+        (160, 64, 4, True),
+        (320, 96, 8, False),
+        (96, 32, 1, False),
+        (128, 32, 8, False),
+    )
     for version in ("v1", "v2")
 ]
 
@@ -266,7 +274,7 @@ def check_product(y, x, weight, bias=None):
     if bias is not None:
         exact += bias.astype(np.float64)
     # A same-dtype product would hold the weights in x's dtype, and so does the reference.
-    same = (x.astype(np.float32) @ weight.astype(x.dtype).astype(np.float32) + (0 if bias is None else bias.astype(np.float32)))
+    same = x.astype(np.float32) @ weight.astype(x.dtype).astype(np.float32) + (0 if bias is None else bias.astype(np.float32))
     exact_bound(y, exact, same.astype(y.dtype), ulp=ULP[y.dtype])
     error = np.linalg.norm(y.astype(np.float64) - exact) / np.linalg.norm(exact)
     assert error < {2**-11: 6e-4, 2**-8: 4e-3}[ULP[y.dtype]], error

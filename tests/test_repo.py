@@ -491,23 +491,106 @@ def test_the_receipt_notices_every_source_change(tmp_path):
     assert "matches" in receipt_state(receipt, root)
 
 
-def test_a_gpu_test_fails_where_a_gpu_is_required_and_missing(tmp_path):
-    """The options of conftest.py, in a run of their own where CuPy cannot be imported."""
-    (tmp_path / "conftest.py").write_text((ROOT / "tests/conftest.py").read_text())
-    (tmp_path / "test_one.py").write_text("import pytest\n\n@pytest.mark.gpu\ndef test_kernel(cupy):\n    pass\n")
-    (tmp_path / "cupy.py").write_text("raise ImportError('kept away')")
-    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+FAKE_CUPY = """
+from types import SimpleNamespace
 
-    def run(*options):
-        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", "-q", *options, tmp_path]
+__version__ = "0"
+runtime = SimpleNamespace(
+    getDeviceCount=lambda: 1,
+    getDeviceProperties=lambda device: {"name": b"Fake GPU"},
+    driverGetVersion=lambda: 13000,
+    runtimeGetVersion=lambda: 12090,
+)
+cuda = SimpleNamespace(runtime=runtime, nvrtc=SimpleNamespace(getVersion=lambda: (12, 9)))
+pool = SimpleNamespace(free_all_blocks=lambda: None)
+get_default_memory_pool = get_default_pinned_memory_pool = lambda: pool
+"""
+
+TWO_GPU_TESTS = """
+import pytest
+
+@pytest.mark.gpu
+def test_one(cupy):
+    pass
+
+@pytest.mark.gpu
+def test_two():
+    pass
+
+def test_three():
+    pass
+"""
+
+
+@pytest.fixture
+def run_pytest(tmp_path):
+    """run(*options, cupy=text of a stand-in for CuPy) -> the finished run of two gpu tests and another in tests/."""
+    tests = tmp_path / "tests"
+    tests.mkdir()
+    shutil.copy(ROOT / "tests/conftest.py", tests)
+    (tests / "test_two.py").write_text(TWO_GPU_TESTS)
+    (tmp_path / "pytest.ini").write_text("[pytest]\ntestpaths = tests\n")
+
+    def run(*options, cupy):
+        (tmp_path / "cupy.py").write_text(cupy)
+        environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "PYTHONDONTWRITEBYTECODE": "1"}
+        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", *options]
         return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
 
-    result = run()
-    assert result.returncode == 0 and "1 skipped" in result.stdout
-    result = run("--require-gpu", "--gpu-receipt", tmp_path / "receipt.json")
-    assert result.returncode == 1 and "no GPU is usable here" in result.stdout
+    return run
+
+
+def test_a_gpu_test_fails_where_a_gpu_is_required_and_missing(run_pytest, tmp_path):
+    no_cupy = "raise ImportError('kept away')"
+    result = run_pytest(cupy=no_cupy)
+    assert result.returncode == 0 and "1 passed, 2 skipped" in result.stdout
+    assert "gpu_receipt.json: missing" in result.stdout
+    result = run_pytest("--require-gpu", "--gpu-receipt", "tests/gpu_receipt.json", cupy=no_cupy)
+    assert result.returncode == 1 and "no GPU is usable here" in result.stdout and "1 passed, 2 errors" in result.stdout
     assert "no receipt written: there is no GPU" in result.stdout
-    assert not (tmp_path / "receipt.json").exists()
+    assert not (tmp_path / "tests/gpu_receipt.json").exists()
+
+
+def test_a_run_on_a_gpu_leaves_a_receipt(run_pytest, tmp_path):
+    options = ("-m", "gpu", "--require-gpu", "--gpu-receipt", "tests/gpu_receipt.json")
+    result = run_pytest(*options, cupy=FAKE_CUPY)
+    assert result.returncode == 0 and "receipt written" in result.stdout, result.stdout
+    assert "gpu_receipt.json: matches the sources (Fake GPU" in result.stdout
+    receipt = json.loads((tmp_path / "tests/gpu_receipt.json").read_text())
+    assert receipt["counts"] == {"passed": 2, "failed": 0, "skipped": 0}
+    assert receipt["gpus"] == ["Fake GPU"] and receipt["nvrtc"] == "12.9"
+    assert (receipt["cuda_of_driver"], receipt["cuda_of_runtime"]) == ("13.0", "12.9")
+    assert receipt["files"] == source_digests(tmp_path) and receipt["digest"] == digest_of(receipt["files"])
+    assert "matches" in run_pytest(cupy=FAKE_CUPY).stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (("-k", "one"), "1 of 2 gpu tests ran"),
+        (("-m", "not gpu"), "0 of 2 gpu tests ran"),
+        (("tests/test_two.py",), "only a part of tests/ was run"),
+        (("-n", "1"), "run without -n"),
+        (("-m", "nothing"), "not everything passed"),
+    ],
+)
+def test_a_partial_run_leaves_no_receipt(run_pytest, tmp_path, options, reason):
+    result = run_pytest("--gpu-receipt", "tests/gpu_receipt.json", *options, cupy=FAKE_CUPY)
+    assert f"no receipt written: {reason}" in result.stdout
+    assert not (tmp_path / "tests/gpu_receipt.json").exists()
+
+
+def test_a_failed_run_leaves_no_receipt(run_pytest, tmp_path):
+    (tmp_path / "tests/test_failing.py").write_text("def test_failing():\n    raise AssertionError\n")
+    result = run_pytest("--gpu-receipt", "tests/gpu_receipt.json", cupy=FAKE_CUPY)
+    assert "no receipt written: not everything passed" in result.stdout
+
+
+def test_the_readme_example_runs():
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    code = f"import os; os.chdir({str(ROOT)!r})\n{example}\nprint(logits.shape, y)"
+    result = run_python(code)
+    assert result.returncode == 0 and result.stdout.startswith("(1, 3, "), result.stderr
 
 
 def test_public_names_resolve():

@@ -20,7 +20,9 @@ template <> constexpr bool on_tensor_cores<half> = true;
 
 // --- masks ---
 
-struct KeyRange { int begin, end; };  // keys begin <= j < end; empty where end <= begin
+struct KeyRange {
+    int begin, end;
+};  // keys begin <= j < end; empty where end <= begin
 
 // Query i of a batch row stands at position p = length - seq + i. It sees keys p - window < j, and j <= p where causal.
 __device__ __forceinline__ KeyRange visible_keys(int query, int seq, int length, bool is_causal, int window) {
@@ -43,7 +45,9 @@ __device__ __forceinline__ float exp2_fast(float x) {
 }
 
 // pack_pair in one instruction, where there is one.
-template <typename T> __device__ __forceinline__ uint32 pack_weights(float low, float high) { return pack_pair<T>(low, high); }
+template <typename T> __device__ __forceinline__ uint32 pack_weights(float low, float high) {
+    return pack_pair<T>(low, high);
+}
 #if __CUDA_ARCH__ >= 800
 template <> __device__ __forceinline__ uint32 pack_weights<half>(float low, float high) {
     uint32 pair;
@@ -127,7 +131,9 @@ template <typename T, int HEAD> struct Queries<T, HEAD, true> {
 template <typename T, int HEAD> struct Queries<T, HEAD, false> {
     const T *rows;
     __device__ __forceinline__ void load(const T *tile) { rows = tile; }
-    __device__ __forceinline__ void get(uint32 (&r)[4], int k) const { load_row_major<false, T, HEAD>(r, rows, 0, 16 * k); }
+    __device__ __forceinline__ void get(uint32 (&r)[4], int k) const {
+        load_row_major<false, T, HEAD>(r, rows, 0, 16 * k);
+    }
 };
 
 // --- online softmax ---

@@ -8,7 +8,8 @@
 //             block per row, adds the splits in order. Runs are cut from the true length, on the device: lengths beyond what
 //             the host expected only make them longer.
 // Numerics    as attention_prefill; the joins of warps and splits are fp32 in a fixed order: same bits every run.
-// Limits      head_dim a multiple of 8, HEAD that rounded up to 16, at most 256; 16-byte aligned arrays; any seq, capacity, batch. out may be q.
+// Limits      head_dim a multiple of 8, HEAD that rounded up to 16, at most 256; 16-byte aligned arrays; any seq, capacity
+//             and batch. out may be q.
 // Traffic     2 * visible keys * kv_heads * head_dim values (K, V) for every 16 rows; parts: 4 * rows * splits * (head_dim + 2)
 //             bytes, written and read.
 // Reference   cupyq/ops/attention.py: attention_reference. Method: Flash-Decoding (pytorch.org/blog/flash-decoding).
@@ -22,9 +23,10 @@ __global__ void __launch_bounds__(32 * warps, 2) attention_decode(
     const T *v,             // as k
     const int *kv_lengths,  // [batch] or null: all of capacity
     T *out,                 // as q; not written where splits > 1
-    float *parts,           // [batch * seq * heads, splits, head_dim], then [batch * seq * heads, splits, 2]; null where splits == 1
-    int batch, int seq, int heads, int kv_heads, int head_dim, int capacity,
-    int is_causal, int window, float scale, float softcap, int splits) {
+    float *parts,           // [rows, splits, head_dim], then [rows, splits, 2]: top, sum; rows = batch * seq * heads;
+                            // null where splits == 1
+    int batch, int seq, int heads, int kv_heads, int head_dim, int capacity, int is_causal, int window, float scale,
+    float softcap, int splits) {
     constexpr int tile_keys = 16, row_values = HEAD + 8, tile_values = tile_keys * row_values, threads = 32 * warps;
     constexpr int part_floats = 16 * row_values + 32;  // of one warp: acc, top, sum; laid over its ring at the end
     static_assert(part_floats * 4 <= stages * 2 * tile_values * 2, "a warp's result does not fit into its ring");
@@ -48,6 +50,7 @@ __global__ void __launch_bounds__(32 * warps, 2) attention_decode(
     int begin = visible(first_row).begin, end = visible(min(first_row + 16, rows) - 1).end;
     int keys_per_split = end > begin ? (end - begin + splits - 1) / splits : 0;
     keys_per_split = (keys_per_split + tile_keys * warps - 1) / (tile_keys * warps) * (tile_keys * warps);
+    // Whole tiles for every warp: only the last run ends inside of a tile, where the masks of the rows end too.
     begin += split * keys_per_split;
     end = min(end, begin + keys_per_split);
     int warp_begin = begin + warp * tile_keys;  // every warps-th tile of the run
@@ -104,7 +107,8 @@ __global__ void __launch_bounds__(32 * warps, 2) attention_decode(
         }
 #pragma unroll
         for (int n = 0; n < HEAD / 8; n++)
-            for (int e = 0; e < 2; e++) warp_part[r * row_values + 8 * n + lane % 4 * 2 + e] = softmax.acc[n][2 * half + e];
+            for (int e = 0; e < 2; e++)
+                warp_part[r * row_values + 8 * n + lane % 4 * 2 + e] = softmax.acc[n][2 * half + e];
     }
     __syncthreads();
 
@@ -126,14 +130,15 @@ __global__ void __launch_bounds__(32 * warps, 2) attention_decode(
             out[row * head_dim + column] = from_float<T>(acc * inverse_sum(sum));
         } else {
             parts[(row * splits + split) * head_dim + column] = acc;
-            if (column < 2) parts[rows_of_all * splits * head_dim + (row * splits + split) * 2 + column] = column ? sum : top;
+            if (column < 2)
+                parts[rows_of_all * splits * head_dim + (row * splits + split) * 2 + column] = column ? sum : top;
         }
     }
 }
 
 template <typename T>
 __global__ void attention_combine(
-    const float *parts,  // as attention_decode left it
+    const float *parts,  // [rows, splits, head_dim] and [rows, splits, 2], as attention_decode left them
     T *out,              // [rows, head_dim]
     int splits, int head_dim) {
     int64 row = blockIdx.x, rows = gridDim.x;

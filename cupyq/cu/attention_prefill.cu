@@ -5,7 +5,8 @@
 //             Long blocks (late queries) start first, so that the last wave is made of short ones.
 // Numerics    products of 16-bit values summed in fp32; online softmax in fp32, base 2; weights rounded to T for the product
 //             with V, their sum not; one rounding at the store. Key order is fixed: same bits every run.
-// Limits      head_dim a multiple of 8, HEAD that rounded up to 16, at most 256; 16-byte aligned arrays; any seq, capacity, batch. out may be q.
+// Limits      head_dim a multiple of 8, HEAD that rounded up to 16, at most 256; 16-byte aligned arrays; any seq, capacity
+//             and batch. out may be q.
 // Traffic     2 * batch * seq * heads * head_dim values (q, out) + K and V once from memory (each block again from L2);
 //             4 * head_dim flops per visible (query, key) pair and head.
 // Reference   cupyq/ops/attention.py: attention_reference. Method: FlashAttention-2, arXiv 2307.08691.
@@ -18,8 +19,8 @@ __global__ void __launch_bounds__(32 * warps) attention_prefill(
     const T *v,             // as k
     const int *kv_lengths,  // [batch] or null: all of capacity
     T *out,                 // as q
-    int batch, int seq, int heads, int kv_heads, int head_dim, int capacity,
-    int is_causal, int window, float scale, float softcap) {  // softcap 0: none
+    int batch, int seq, int heads, int kv_heads, int head_dim, int capacity, int is_causal, int window, float scale,
+    float softcap) {  // softcap 0: none
     constexpr int tile_rows = 16 * warps, threads = 32 * warps, row_values = HEAD + 8;
     constexpr bool overlays = HEAD <= 128;  // the queries leave shared memory before the first keys enter
     static_assert(!overlays || tile_rows <= 4 * tile_keys, "queries do not fit where the keys go");
@@ -27,8 +28,8 @@ __global__ void __launch_bounds__(32 * warps) attention_prefill(
     if constexpr (!on_tensor_cores<T>) return __trap();
 
     extern __shared__ __align__(16) uint8 shared[];
-    T *sK = (T *)shared;                          // [2, tile_keys, row_values]
-    T *sV = sK + 2 * tile_keys * row_values;      // [2, tile_keys, row_values]
+    T *sK = (T *)shared;                                      // [2, tile_keys, row_values]
+    T *sV = sK + 2 * tile_keys * row_values;                  // [2, tile_keys, row_values]
     T *sQ = overlays ? sK : sV + 2 * tile_keys * row_values;  // [tile_rows, row_values]
 
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -44,14 +45,16 @@ __global__ void __launch_bounds__(32 * warps) attention_prefill(
     int64 key_offset = (int64)b * capacity * key_stride + (int64)kv_head * head_dim;
 
     auto visible = [&](int query) { return visible_keys(query, seq, length, is_causal, window); };
-    int begin = visible(first_query).begin;                            // of the whole block:
-    int end = visible(min(first_query + tile_rows, seq) - 1).end;      // ranges grow with the query
+    int begin = visible(first_query).begin;                        // of the whole block:
+    int end = visible(min(first_query + tile_rows, seq) - 1).end;  // ranges grow with the query
     int tiles = end > begin ? (end - begin + tile_keys - 1) / tile_keys : 0;
 
     auto load_keys = [&](int tile) {
         int first = begin + tile * tile_keys, stage = tile % 2 * tile_keys * row_values;
-        load_tile<T, HEAD, tile_keys, threads>(sK + stage, k + key_offset, key_stride, first, end, head_dim, threadIdx.x);
-        load_tile<T, HEAD, tile_keys, threads>(sV + stage, v + key_offset, key_stride, first, end, head_dim, threadIdx.x);
+        load_tile<T, HEAD, tile_keys, threads>(
+            sK + stage, k + key_offset, key_stride, first, end, head_dim, threadIdx.x);
+        load_tile<T, HEAD, tile_keys, threads>(
+            sV + stage, v + key_offset, key_stride, first, end, head_dim, threadIdx.x);
     };
 
     load_tile<T, HEAD, tile_rows, threads>(sQ, q + query_offset, query_stride, first_query, seq, head_dim, threadIdx.x);

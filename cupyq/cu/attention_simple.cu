@@ -20,13 +20,14 @@ __global__ void __launch_bounds__(128, 2) attention_simple(
     const T *v,             // as k
     const int *kv_lengths,  // [batch] or null: all of capacity
     T *out,                 // as q
-    int batch, int seq, int heads, int kv_heads, int head_dim, int capacity,
-    int is_causal, int window, float scale, float softcap) {  // softcap 0: none
-    constexpr int warps = 4, warp_rows = 4, tile_rows = 16, tile_keys = 32, key_floats = HEAD + 4;  // padded: no bank conflict
+    int batch, int seq, int heads, int kv_heads, int head_dim, int capacity, int is_causal, int window, float scale,
+    float softcap) {  // softcap 0: none
+    constexpr int warps = 4, warp_rows = 4, tile_rows = 16, tile_keys = 32,
+                  key_floats = HEAD + 4;  // padded: no bank conflict
     extern __shared__ __align__(16) uint8 shared[];
-    float *sQ = (float *)shared;             // [tile_rows, HEAD]
-    float *sK = sQ + tile_rows * HEAD;       // [tile_keys, key_floats]
-    float *sW = sK + tile_keys * key_floats; // [warps, tile_keys, warp_rows]: softmax weights
+    float *sQ = (float *)shared;              // [tile_rows, HEAD]
+    float *sK = sQ + tile_rows * HEAD;        // [tile_keys, key_floats]
+    float *sW = sK + tile_keys * key_floats;  // [warps, tile_keys, warp_rows]: softmax weights
 
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     int tiles_of_queries = (seq + tile_rows - 1) / tile_rows;
@@ -59,7 +60,8 @@ __global__ void __launch_bounds__(128, 2) attention_simple(
         }
         __syncthreads();
 
-        float dots[warp_rows][4] = {};  // a product in four parts, each a sum of sums of four: short chains of roundings
+        float dots[warp_rows][4] =
+            {};  // a product in four parts, each a sum of sums of four: short chains of roundings
         for (int c = 0; c < HEAD; c += 16)
 #pragma unroll
             for (int part = 0; part < 4; part++) {

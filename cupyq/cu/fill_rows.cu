@@ -2,6 +2,7 @@
 //
 // Work split  one thread per column and every gridDim.y-th row.
 // Numerics    one rounding from B to Y.
+// Limits      rows * n beyond 2^31 is fine.
 // Traffic     rows * columns * sizeof(Y) bytes.
 // Reference   cupyq/ops/matmul.py: matmul_reference
 #include "types.cuh"

@@ -7,7 +7,8 @@
 //   a[2] = A[group][2t+8, 2t+9]    a[3] = A[group + 8][2t+8, 2t+9]
 //   b[0] = B[2t, 2t+1][group]      b[1] = B[2t+8, 2t+9][group]
 //   d[0], d[1] = D[group][2t, 2t+1]      d[2], d[3] = D[group + 8][2t, 2t+1]
-template <typename T> __device__ __forceinline__ void mma_16x8x16(float (&d)[4], const uint32 (&a)[4], const uint32 (&b)[2]);
+template <typename T> __device__ __forceinline__ void mma_16x8x16(
+    float (&d)[4], const uint32 (&a)[4], const uint32 (&b)[2]);
 
 template <>
 __device__ __forceinline__ void mma_16x8x16<half>(float (&d)[4], const uint32 (&a)[4], const uint32 (&b)[2]) {
@@ -56,12 +57,14 @@ template <bool transposed = false>
 __device__ __forceinline__ void ldmatrix_x4(uint32 (&r)[4], const void *row) {
     if constexpr (transposed)
         asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                     : "r"(shared_address(row)) : "memory");
+            : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+            : "r"(shared_address(row))
+            : "memory");
     else
         asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                     : "r"(shared_address(row)) : "memory");
+            : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+            : "r"(shared_address(row))
+            : "memory");
 }
 
 // 16 bytes from global to shared memory without passing through registers; zeros where `is_valid` is false (the source is
@@ -69,8 +72,9 @@ __device__ __forceinline__ void ldmatrix_x4(uint32 (&r)[4], const void *row) {
 __device__ __forceinline__ void copy_async_16(void *shared, const void *global, bool is_valid = true) {
 #if __CUDA_ARCH__ >= 800
     int bytes = is_valid ? 16 : 0;
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-                 :: "r"(shared_address(shared)), "l"(__cvta_generic_to_global(global)), "r"(bytes) : "memory");
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
+        "l"(__cvta_generic_to_global(global)), "r"(bytes)
+        : "memory");
 #else
     *(uint4 *)shared = is_valid ? *(const uint4 *)global : make_uint4(0, 0, 0, 0);
 #endif
@@ -92,13 +96,15 @@ template <int pending> __device__ __forceinline__ void copy_async_wait() {
 __device__ __forceinline__ uint4 load_streaming(const uint4 *p) {
     uint4 v;
     asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(__cvta_generic_to_global(p)));
+        : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+        : "l"(__cvta_generic_to_global(p)));
     return v;
 }
 __device__ __forceinline__ uint2 load_streaming(const uint2 *p) {
     uint2 v;
     asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0,%1}, [%2];"
-                 : "=r"(v.x), "=r"(v.y) : "l"(__cvta_generic_to_global(p)));
+        : "=r"(v.x), "=r"(v.y)
+        : "l"(__cvta_generic_to_global(p)));
     return v;
 }
 __device__ __forceinline__ uint32 load_streaming(const uint32 *p) {

@@ -1,13 +1,13 @@
-// qmatmul: y[m, n] = sum_j x[m, row[j]] * (code[j, n] - zero[g, n]) * scale[g, n] + bias[n]       g = group of stored row j
+// qmatmul: y[m, n] = sum_j x[m, j] * (code[j, n] - zero[g, n]) * scale[g, n] + bias[n]       g = group of stored row j
 //
 // Work split  a thread block has warps_n x warps_k warps and computes 8 * m_tiles rows of y for 32 * warps_n columns over one
 //             K slice (blockIdx.y); a warp takes 32 columns and a contiguous share of the slice's 32-row blocks. Weights are the
 //             16-row operand of mma.m16n8k16, straight from registers: y^T = W^T x^T. A lane loads its weight words `stages`
-//             blocks ahead. x is gathered (row order, zeros in padding) into shared memory once per chunk of the slice.
+//             blocks ahead. x, already in stored row order (gather_columns.cu), is copied to shared memory chunk by chunk.
 // Numerics    code - zero is exact in T; products and sums over a block are fp32; each block's sum is scaled in fp32. K shares
 //             of a thread block are added in warp order, slices in slice order by whichever block arrives last: the same bits on
 //             every run. One rounding at the store.
-// Limits      any m (blockIdx.z), n a multiple of 4, blocks of mixed width in falling order.
+// Limits      any m (blockIdx.z), n a multiple of 4, x 16-byte aligned, blocks of mixed width in falling order.
 // Traffic     weight bytes + scales + m * (k + n) * sizeof(T); x is read once per column of thread blocks, from L2.
 // Reference   cupyq/ops/qmatmul.py: qmatmul_reference
 //
@@ -30,18 +30,18 @@ constexpr int blocks_per_sm(int widths, int m_tiles) {
 
 template <typename T, bool has_zeros, int widths, int m_tiles, int warps_n, int warps_k>
 __global__ void __launch_bounds__(32 * warps_n * warps_k, blocks_per_sm(widths, m_tiles)) qmatmul(
-    const T *x,              // [m, k]
+    const T *x,              // [m, 32 * blocks]
     const uint32 *tiles,     // [column tiles, words_per_column_tile]
     const half *scales,      // [groups, padded_n]
     const half *zeros,       // [groups, padded_n], null without has_zeros: the zero is 2^(bits - 1)
     const int *block_group,  // [blocks]
-    const int *rows,         // [32 * blocks]: stored row -> column of x, -1: padding; null: identity
     const float *bias,       // [n] or null
     void *y,                 // [m, n] of T, or float where y_is_float
     float *partial,          // [slices, m, padded_n], unused with one slice
     uint32 *arrived,         // [thread blocks of one slice]: zero before and after
-    int m, int k, int n, int padded_n, int words_per_column_tile, int slice_blocks, int chunk_blocks, bool y_is_float,
-    int blocks8, int blocks6, int blocks5, int blocks4, int blocks3, int blocks2) {  // widths is the set of those not zero
+    int m, int n, int padded_n, int words_per_column_tile, int slice_blocks, int chunk_blocks, bool y_is_float,
+    int blocks8, int blocks6, int blocks5, int blocks4, int blocks3,
+    int blocks2) {  // widths is the set of those not zero
     constexpr int threads = 32 * warps_n * warps_k, m_block = 8 * m_tiles;
     extern __shared__ uint4 shared[];
     __shared__ bool is_last;
@@ -62,25 +62,15 @@ __global__ void __launch_bounds__(32 * warps_n * warps_k, blocks_per_sm(widths, 
     float sums[m_tiles][2][4] = {};  // [m tile][mma a][accumulator register]
 
     auto stage_x = [&](int begin, int end) {
-        int count = (end - begin) * TILE;
-        T *sX = (T *)shared;
-        int width = stride * 8;
-        if (!rows && k % 8 == 0 && (uint64)x % 16 == 0) {
-            for (int i = threadIdx.x; i < m_block * (count / 8); i += threads) {
-                int r = i / (count / 8), c = i % (count / 8);
-                bool is_valid = first_row + r < m;
-                const T *source = x + (int64)(is_valid ? first_row + r : 0) * k + begin * TILE + c * 8;
-                copy_async_16(&shared[r * stride + c], source, is_valid);
-            }
-            copy_async_commit();
-            copy_async_wait<0>();
-        } else {
-            for (int c = threadIdx.x; c < count; c += threads) {
-                int source = rows ? rows[begin * TILE + c] : begin * TILE + c;
-                for (int r = 0; r < m_block; r++)
-                    sX[r * width + c] = source >= 0 && first_row + r < m ? x[(int64)(first_row + r) * k + source] : T{0};
-            }
+        int count = (end - begin) * (TILE / 8), k = blocks * TILE;  // count: 16-byte vectors of a row
+        for (int i = threadIdx.x; i < m_block * count; i += threads) {
+            int r = i / count, c = i % count;
+            bool is_valid = first_row + r < m;
+            const T *source = x + (int64)(is_valid ? first_row + r : 0) * k + begin * TILE + c * 8;
+            copy_async_16(&shared[r * stride + c], source, is_valid);
         }
+        copy_async_commit();
+        copy_async_wait<0>();
     };
 
     // Blocks [begin, end) of one width; `base`: words of the width's first block, `first`: its number; `chunk`: that of sX.
@@ -214,7 +204,8 @@ __global__ void __launch_bounds__(32 * warps_n * warps_k, blocks_per_sm(widths, 
     __syncthreads();
     if (!is_last) return;
     __threadfence();
-    int rows_here = min(m_block, m - first_row), columns_here = min(warps_n * TILE, n - (int)blockIdx.x * warps_n * TILE);
+    int rows_here = min(m_block, m - first_row),
+        columns_here = min(warps_n * TILE, n - (int)blockIdx.x * warps_n * TILE);
     for (int i = threadIdx.x; i < rows_here * (columns_here / 4); i += threads) {
         int row = first_row + i / (columns_here / 4), column = blockIdx.x * warps_n * TILE + i % (columns_here / 4) * 4;
         Vector<float, 4> total = {};

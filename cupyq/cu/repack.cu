@@ -7,16 +7,18 @@
 //
 // Work split  repack_weights: one warp per 32 x 32 tile; the others one thread per value.
 // Numerics    integers, except the one rounding of exl2_scales.
+// Limits      codes of 2, 3, 4, 5, 6 or 8 bits, groups up to 2^31, 32-row blocks up to 8 * 65535.
+// Traffic     every packed word, scale and zero read and written once (the words of 3, 5 and 6 bits partly twice, from L1).
 // Reference   formats/tiles.py: pack_tiles; formats/exl2.py: exl2_scales; formats/gptq.py: unpack_gptq
 #include "tiles.cuh"
 
 // 8 warps a block, one block of rows each.
 __global__ void __launch_bounds__(256) repack_weights(
-    const uint32 *packed,      // [words, n]
-    const int64 *bit_offset,   // [32 * blocks]: first bit of a stored row in its column's stream, -1: no such row
-    const int *block_bits,     // [blocks]
-    const int *block_start,    // [blocks]: first word inside a column tile
-    uint32 *tiles,             // [column tiles, words_per_column_tile]
+    const uint32 *packed,     // [words, n]
+    const int64 *bit_offset,  // [32 * blocks]: first bit of a stored row in its column's stream, -1: no such row
+    const int *block_bits,    // [blocks]
+    const int *block_start,   // [blocks]: first word inside a column tile
+    uint32 *tiles,            // [column tiles, words_per_column_tile]
     int n, int blocks, int words_per_column_tile) {
     int lane = threadIdx.x % 32;
     int block = blockIdx.y * 8 + threadIdx.x / 32;

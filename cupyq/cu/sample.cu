@@ -1,15 +1,14 @@
 // sample: one token id per row, drawn from softmax(logits / temperature) after top-k, then top-p, then min-p
 //
-// A token's weight is 2^40 * exp((logit - max) / temperature) as an integer, so every sum of weights is exact and the
-// same in any order; all float arithmetic is written out in single roundings that NumPy repeats. The drawn id is
-// therefore the reference's.
-//
 // Work split  one block per row, one contiguous segment of the row per warp. Passes over the row (L2 after the first):
 //               maximum; histogram of 1024 bins by distance from the maximum; for each of top-k and top-p three passes
 //               of radix selection within the bin where the cut falls, and one to find the last of several tokens tied
 //               at the cut; weights of the segments. Filters that are off cost nothing; greedy rows stop after the
 //               maximum.
-// Order       by logit, descending, ties by lowest id; `rank` is an unsigned image of the logit, ascending in this order.
+// Numerics    a token's weight is 2^40 * exp((logit - max) / temperature) as an integer, so every sum of weights is
+//             exact and the same in any order; all float arithmetic is written out in single roundings that NumPy
+//             repeats. The drawn id is therefore the reference's.
+// Order       by logit, descending, ties by lowest id. `rank`: the logit as an unsigned number, ascending in this order.
 // Draw        the first id whose cumulative weight, in id order, exceeds floor(U * total / 2^64), U from Philox.
 // Limits      vocab <= 2^23 (totals below 2^63).
 // Traffic     rows * (vocab * sizeof(X) + 4) bytes from DRAM.

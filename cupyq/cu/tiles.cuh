@@ -69,7 +69,8 @@ template <int bits> struct ZeroPoint<bfloat16, bits> {
 #endif
     float zero;
     uint32 bias;
-    __device__ __forceinline__ explicit ZeroPoint(float zero) : zero(zero), bias(pack_pair<bfloat16>(-128 - zero, -128 - zero)) {}
+    __device__ __forceinline__ explicit ZeroPoint(float zero)
+        : zero(zero), bias(pack_pair<bfloat16>(-128 - zero, -128 - zero)) {}
     __device__ __forceinline__ uint32 values(const LaneWords<bits> &words, int p) const {
         if constexpr (is_paired) return fma_bfloat162(words.template pair<0x43004300u>(p), 0x3f803f80u, bias);
         uint32 codes = words.pair(p);
@@ -82,7 +83,9 @@ __device__ __forceinline__ int pair_row(int lane, int p) { return 8 * (lane % 4)
 __device__ __forceinline__ int pair_column(int lane, int p) { return 4 * (lane / 4) + p / 4; }
 
 // Call f(constant<bits>) for a width known at run time.
-template <int value> struct constant { static constexpr int bits = value; };
+template <int value> struct constant {
+    static constexpr int bits = value;
+};
 template <typename F> __device__ __forceinline__ void with_width(int bits, F f) {
     switch (bits) {
         case 2: f(constant<2>()); break;

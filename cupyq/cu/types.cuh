@@ -11,8 +11,12 @@ typedef unsigned int uint32;
 typedef unsigned long long uint64;
 typedef long long int64;
 
-struct half { uint16 bits; };
-struct bfloat16 { uint16 bits; };
+struct half {
+    uint16 bits;
+};
+struct bfloat16 {
+    uint16 bits;
+};
 
 template <typename A, typename B> constexpr bool is_same = false;
 template <typename A> constexpr bool is_same<A, A> = true;

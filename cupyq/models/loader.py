@@ -343,7 +343,7 @@ def _compile_kernels(model: Model) -> None:
         cache = model.new_cache(capacity=capacity)
         for seq in _TRACED_LENGTHS:
             cache.reset()
-            model.forward(np.zeros(min(seq, capacity), np.int32), cache, last_only=True)
+            model.forward(np.zeros(min(seq, capacity), np.int32), cache)
         # A step behind many keys, which attention spreads over several blocks and then combines.
         cache.truncate(min(cache.length, capacity - 1))
         model.forward([0], cache)

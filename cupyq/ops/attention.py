@@ -37,11 +37,11 @@ def attention(
     out=None,
     workspace=None,
 ):
-    """out[b, i, h] = sum_j w_j * v[b, j, g] with w = softmax_j(softcapped(scale * q[b, i, h] . k[b, j, g])), g = h // (heads // kv_heads)
+    """out[b, i, h] = sum_j w_j * v[b, j, g], w = softmax_j(softcapped(scale * q[b, i, h] . k[b, j, g])), g = h // group
 
-    q [batch, seq, heads, head_dim], k and v [at least batch, capacity, kv_heads, head_dim]: a KV cache or just the new keys;
-    heads a multiple of kv_heads, head_dim a multiple of 8 up to 256; all float16, all bfloat16 or all float32. The result
-    has q's shape and dtype.
+    q [batch, seq, heads, head_dim], k and v [at least batch, capacity, kv_heads, head_dim]: a KV cache or just the new
+    keys; group = heads / kv_heads, a whole number; head_dim a multiple of 8 up to 256; all three float16, bfloat16 or
+    float32. The result has q's shape and dtype.
 
     kv_lengths, int32 [batch], counts the valid keys of each batch row including those of the queries at hand (default:
     capacity). Query i of row b stands at position p = kv_lengths[b] - seq + i and sees the keys j < kv_lengths[b] with
@@ -52,10 +52,10 @@ def attention(
     Cache slots no query of the call sees may hold anything, NaN included. A NaN or infinity in a key or value that some
     query of a batch row sees may spread to its other queries.
 
-    On the GPU lengths outside 0..capacity are clamped (checking would wait for the GPU); NumPy refuses them. max_kv_length is
-    a bound of kv_lengths known to the host: it only decides over how many blocks the keys of few queries are spread;
-    longer lengths remain correct. `workspace`, float32 [attention_workspace_size(head_dim)] or larger, is scratch
-    memory: with it and `out` nothing is allocated.
+    On the GPU lengths outside 0..capacity are clamped (checking would wait for the GPU); NumPy refuses them.
+    max_kv_length is a bound of kv_lengths known to the host: it only decides over how many blocks the keys of few
+    queries are spread; longer lengths remain correct. `workspace`, float32 [attention_workspace_size(head_dim)] or
+    larger, is scratch memory: with it and `out` nothing is allocated.
 
     Rounding: 16-bit types multiply on tensor cores with fp32 sums, softmax weights are rounded to the type before they
     meet v, the result is rounded once; float32 computes in fp32 throughout. Same bits on every run. `out` may be q
@@ -77,7 +77,7 @@ def attention(
     if kv_heads == 0 or heads % kv_heads:
         raise ValueError(f"q's heads must be a multiple of k's, got {heads} and {kv_heads}")
     if head_dim % 8 or not 8 <= head_dim <= 256:
-        raise ValueError(f"q must have a head_dim that is a multiple of 8 from 8 to 256, got {head_dim}: pad with zeros")
+        raise ValueError(f"q must have a head_dim that is a multiple of 8 from 8 to 256, got {head_dim}: pad it")
     scale = _positive(head_dim**-0.5 if scale is None else scale, "scale")
     softcap = None if softcap is None else _positive(softcap, "softcap")
     if window is not None and not (isinstance(window, (int, np.integer)) and window >= 1):
@@ -95,8 +95,9 @@ def attention(
     if q.size == 0:
         return out
     if xp is np:
-        if kv_lengths is not None and (kv_lengths.min() < 0 or kv_lengths.max() > capacity):
-            raise ValueError(f"kv_lengths must lie in 0..{capacity}, k's capacity, got {kv_lengths.min()}..{kv_lengths.max()}")
+        low, high = (0, 0) if kv_lengths is None else (kv_lengths.min(), kv_lengths.max())
+        if low < 0 or high > capacity:
+            raise ValueError(f"kv_lengths must lie in 0..{capacity}, k's capacity, got {low}..{high}")
         out[...] = attention_reference(q, k, v, scale, causal, window, softcap, kv_lengths)
     else:
         bound = capacity if max_kv_length is None else min(max_kv_length, capacity)
@@ -105,9 +106,10 @@ def attention(
 
 
 def attention_workspace_size(head_dim, *, sm_count=None):
-    """How many floats of workspace any attention() call with this head_dim may need, on a GPU of sm_count multiprocessors.
+    """How many floats of workspace any attention() call with this head_dim may need, whatever its other sizes.
 
-    sm_count defaults to the current GPU's; 0 where there is none, as the NumPy path needs no workspace.
+    sm_count, the GPU's number of multiprocessors, defaults to the current GPU's; without one the result is 0, as the
+    NumPy path needs no workspace.
 
     >>> attention_workspace_size(128, sm_count=132)
     549120
@@ -129,7 +131,10 @@ def _refuse_overlap(out, name, array):
         low, high = byte_bounds(out)
         start, end = byte_bounds(array)
         if start < high and low < end:
-            raise ValueError(f"out shares memory with {name}, which is still read when out is written: pass separate memory")
+            raise ValueError(f"out shares memory with {name}, which is read while out is written: pass separate memory")
+
+
+_REFERENCE_SCORES = 1 << 22
 
 
 def attention_reference(q, k, v, scale, causal, window, softcap, kv_lengths):
@@ -174,9 +179,6 @@ def attention_reference(q, k, v, scale, causal, window, softcap, kv_lengths):
     return out
 
 
-_REFERENCE_SCORES = 1 << 22
-
-
 # --- which kernel, with which tiles -----------------------------------------------------------------------------------
 
 _DECODE_ROWS = 16  # rows of one mma tile
@@ -192,7 +194,7 @@ def shared_bytes_limit(arch):
 
 
 def pick_kernel(dtype, seq, is_aligned, arch):
-    """`"simple"` without tensor cores, `"decode"` packs the heads of a group and splits the keys, `"prefill"` does neither."""
+    """Which kernel: "decode" packs the heads of a group and splits the keys, "simple" goes without tensor cores."""
     if dtype == float32 or not is_aligned or (dtype == bfloat16 and _device.arch_number(arch) < 80):
         return "simple"
     return "decode" if seq <= 16 else "prefill"
@@ -235,8 +237,10 @@ def _first_that_fits(configs, head_dim, arch):
 
 
 def pick_splits(blocks, keys, warps, sm_count):
-    """Over how many blocks each run of up to `keys` keys is spread, when there are `blocks` runs: no more blocks in all than
-    the GPU holds at a time (attention_workspace_size counts on it), no more splits than warps have tiles to take."""
+    """Over how many blocks each of `blocks` runs of up to `keys` keys is spread.
+
+    No more blocks in all than the GPU holds at a time (attention_workspace_size counts on it), and none without work.
+    """
     tiles = -(-keys // (_DECODE_KEYS * warps))
     return max(1, min(_BLOCKS_PER_SM * sm_count // blocks, tiles))
 
@@ -296,9 +300,7 @@ def _parts(q, size, workspace):
     if workspace is None:
         return namespace(q=q).empty(size, float32)
     if workspace.size < size:
-        raise ValueError(
-            f"workspace must have at least {size} floats here, got {workspace.size}: allocate attention_workspace_size(head_dim)"
-        )
+        raise ValueError(f"workspace must have at least {size} floats, got {workspace.size}: see attention_workspace_size")
     return workspace
 
 
@@ -325,9 +327,7 @@ def _instances(arch):
         for head_dim in (64, 128):
             yield _prefill_instance(dtype, head_dim, pick_prefill_config(head_dim, arch))
             yield _decode_instance(dtype, head_dim, pick_decode_config(head_dim, arch))
-    yield _prefill_instance(float16, 256, pick_prefill_config(256, arch))
-    yield _decode_instance(float16, 256, pick_decode_config(256, arch))
 
 
 INSTANCES = list(_instances("sm_90a"))
-"""What `cupyq compile` builds ahead; other sizes, and the tiles of GPUs with less shared memory, are compiled when first used."""
+"""What `cupyq compile` builds ahead; other sizes, and tiles for less shared memory, are compiled when first used."""

@@ -5,7 +5,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from cupyq import _device
-from cupyq._arrays import accepts_dlpack, bfloat16, check, float16, float32, namespace, output, refuse_partial_overlap
+from cupyq._arrays import (
+    accepts_dlpack,
+    bfloat16,
+    byte_bounds,
+    check,
+    float16,
+    float32,
+    namespace,
+    output,
+    refuse_partial_overlap,
+)
 from cupyq._kernels import instance, launch
 from cupyq.formats.tiles import TILE, WIDTHS_IN_ORDER
 from cupyq.ops._common import float64
@@ -90,7 +100,7 @@ def qmatmul_workspace_size(q, rows):
     """float32 values of `workspace` that qmatmul needs for up to `rows` rows; 0 on NumPy."""
     if q.xp is np or rows > FUSED_ROWS:
         return 0
-    return max(sum(_workspace_parts(q, m, _config(q, m))) for m in {min(m, rows) for m in (8, 16, 32, 64)})
+    return max(sum(_workspace_parts(q, m, _config(q, m))) for m in {min(m, rows) for m in (1, 8, 16, 32, 64)})
 
 
 def _config(q, m):
@@ -98,11 +108,20 @@ def _config(q, m):
 
 
 def _workspace_parts(q, m, config):
-    """(counters, partial sums), both in 4-byte values; none for a product that is not sliced."""
+    """(counters, partial sums, gathered x), in 4-byte values; the first two are for a product that is sliced."""
+    gathered = m * q.tiles.layout.blocks * TILE // 2
     if config.slices == 1:
-        return 0, 0
+        return 0, 0, gathered
     counters = -(-q.n // (TILE * config.warps_n)) * -(-m // (8 * config.m_tiles))
-    return -(-counters // 32) * 32, config.slices * m * q.tiles.layout.padded_n
+    return -(-counters // 32) * 32, config.slices * m * q.tiles.layout.padded_n, gathered
+
+
+def _is_gathered(x, q):
+    """Whether x must be rewritten first: into stored row order, or to an address the kernel's 16-byte copies can take.
+
+    Inside the product each thread block would gather anew, at a 32-byte sector for every 2-byte value.
+    """
+    return q.tiles.rows is not None or byte_bounds(x)[0] % 16 != 0
 
 
 def _launch_qmatmul(x, q, out, workspace):
@@ -115,23 +134,39 @@ def _launch_qmatmul(x, q, out, workspace):
 
 def _launch_fused(x, q, out, m, workspace, config):
     tiles, layout, xp = q.tiles, q.tiles.layout, q.xp
-    counters, partials = _workspace_parts(q, m, config)
+    counters, partials, gathered = _workspace_parts(q, m, config)
     if workspace is None:
-        arrived, partial = xp.zeros(counters, np.uint32), xp.empty(partials, np.float32)
+        arrived, workspace = xp.zeros(counters, np.uint32), xp.empty(partials + gathered, np.float32)
     else:
         check(workspace, "workspace", dtype=float32, ndim=1)
-        if workspace.size < counters + partials:
-            raise ValueError(f"workspace must have {counters + partials} float32 values for {m} rows, got {workspace.size}")
-        arrived, partial = workspace[:counters], workspace[counters:]
+        needed = counters + partials + gathered
+        if workspace.size < needed:
+            raise ValueError(f"workspace must have {needed} float32 values for {m} rows, got {workspace.size}")
+        if byte_bounds(workspace)[0] % 16:
+            raise ValueError("workspace must begin at a multiple of 16 bytes: pass a whole array, not a slice from its middle")
+        arrived, workspace = workspace[:counters], workspace[counters:]
+    if _is_gathered(x, q):
+        x = _launch_gather(x, q, workspace[partials : partials + gathered], m)
     grid = (-(-layout.column_tiles // config.warps_n), config.slices, -(-m // (8 * config.m_tiles)))
+    sizes = (m, q.n, layout.padded_n, layout.words_per_column_tile, config.slice_blocks, config.chunk_blocks)
     arguments = (
-        x, tiles.words, tiles.scales, tiles.zeros, tiles.block_group, tiles.rows, q.bias, out, partial, arrived,
-        *map(np.int32, (m, q.k, q.n, layout.padded_n, layout.words_per_column_tile, config.slice_blocks, config.chunk_blocks)),
-        np.bool_(out.dtype != x.dtype),
-        *map(np.int32, layout.width_blocks),
+        x, tiles.words, tiles.scales, tiles.zeros, tiles.block_group, q.bias, out, workspace, arrived,
+        *map(np.int32, sizes), np.bool_(out.dtype != x.dtype), *map(np.int32, layout.width_blocks),
     )  # fmt: skip
     kernel = _qmatmul_instance(x.dtype, tiles.zeros is not None, layout.width_blocks, config)
     launch(kernel, grid, (32 * config.warps_n * config.warps_k,), arguments, config.shared_bytes)
+
+
+def _launch_gather(x, q, space, m):
+    count = q.tiles.layout.blocks * TILE
+    gathered = space.view(x.dtype)
+    arguments = (x, q.tiles.rows, gathered, *map(np.int32, (m, q.k, count)))
+    launch(_gather_instance(x.dtype), (-(-count // 256), m), (128,), arguments)
+    return gathered
+
+
+def _gather_instance(dtype):
+    return instance("gather_columns", dtype)
 
 
 def _qmatmul_instance(dtype, has_zeros, width_blocks, config):
@@ -152,7 +187,7 @@ def _launch_dequantised(x, q, out):
 
 @accepts_dlpack
 def reconstruct(q, *, out=None):
-    """W float16 [k, n]: the weights as the format defines them, bit for bit, rows in the model's order.
+    """W float16 [k, n]: the weights of the QMatrix `q` as the format defines them, bit for bit, rows in the model's order.
 
     EXL2: RN16((code - 2**(bits-1)) * scale), GPTQ: RN16((code - zero) * scale). The bias is not part of W.
     Raises TypeError for anything but a QMatrix, ValueError / TypeError for an unfit out.
@@ -191,6 +226,7 @@ def _reconstruct_instance(dtype, has_zeros):
 
 def _instances():
     sixteen_bit = (float16, bfloat16)
+    yield from map(_gather_instance, sixteen_bit)
     yield from (_reconstruct_instance(dtype, zeros) for dtype in sixteen_bit for zeros in (False, True))
     one_width = [tuple(int(bits == w) for w in WIDTHS_IN_ORDER) for bits in WIDTHS_IN_ORDER]
     for m in (1, 64):
