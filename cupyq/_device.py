@@ -50,11 +50,12 @@ def current():
         device_id = cupy.cuda.runtime.getDevice()
     except cupy.cuda.runtime.CUDARuntimeError as error:
         raise BackendError(f"no usable GPU ({error}); run `cupyq doctor` to see what is missing") from None
-    return _info(device_id)
+    return info(device_id)
 
 
 @functools.cache
-def _info(device_id):
+def info(device_id):
+    """DeviceInfo of one GPU, read once."""
     properties = require_cupy().cuda.runtime.getDeviceProperties(device_id)
     return DeviceInfo(
         id=device_id,

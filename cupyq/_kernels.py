@@ -40,6 +40,7 @@ class Instance:
         return self.expression
 
 
+@functools.lru_cache(maxsize=None, typed=True)  # asked for at every launch; typed, as True is not 1 in C++
 def instance(name, *template_arguments, file=None):
     """The Instance of kernel `name` with template arguments given as dtypes, ints, bools or C++ text."""
     expression = f"{name}<{', '.join(map(_c_text, template_arguments))}>" if template_arguments else name
@@ -246,6 +247,8 @@ def launch(wanted, grid, block, arguments, shared_bytes=0):
     `arguments`: CuPy arrays (C-contiguous), NumPy scalars (their dtype is the kernel's), or None for a null pointer.
     Bare Python numbers are refused: CuPy would pass an int as 64 bits and a float as a double.
     """
+    cupy = sys.modules.get("cupy")
+    array_type = () if cupy is None else cupy.ndarray
     device_id = None
     checked: list[object] = []
     for position, value in enumerate(arguments):
@@ -253,35 +256,35 @@ def launch(wanted, grid, block, arguments, shared_bytes=0):
             checked.append(_NULL)
         elif isinstance(value, np.generic):
             checked.append(value)
-        elif _arrays.is_cupy(value):
+        elif isinstance(value, array_type):
             if not value.flags.c_contiguous:
                 raise ValueError(f"{wanted}: argument {position} is not C-contiguous, strides {value.strides}")
+            own_device = value.data.device_id
             if device_id is None:
-                device_id = value.device.id
-            elif device_id != value.device.id:
-                raise ValueError(f"{wanted}: argument {position} is on GPU {value.device.id}, the first on {device_id}")
+                device_id = own_device
+            elif device_id != own_device:
+                raise ValueError(f"{wanted}: argument {position} is on GPU {own_device}, the first on {device_id}")
             checked.append(value)
         else:
             raise TypeError(
                 f"{wanted}: argument {position} is a {type(value).__name__}: wrap numbers, as in np.int32(3)"
             )
-    if device_id is None:
-        raise TypeError(f"{wanted}: no array among the arguments")
     if 0 in grid or 0 in block:
         raise ValueError(f"{wanted}: empty launch, grid {grid}, block {block}")
-    cupy = sys.modules["cupy"]
+    if cupy is None or device_id is None:
+        raise TypeError(f"{wanted}: no array among the arguments")
+    arch = _device.info(device_id).arch
     if device_id == cupy.cuda.runtime.getDevice():
-        _launch_here(wanted, grid, block, tuple(checked), shared_bytes)
+        _launch_here(wanted, arch, grid, block, tuple(checked), shared_bytes)
     else:
         with cupy.cuda.Device(device_id):
-            _launch_here(wanted, grid, block, tuple(checked), shared_bytes)
+            _launch_here(wanted, arch, grid, block, tuple(checked), shared_bytes)
 
 
 _NULL = np.uint64(0)
 
 
-def _launch_here(wanted, grid, block, arguments, shared_bytes):
-    arch = _device.current().arch
+def _launch_here(wanted, arch, grid, block, arguments, shared_bytes):
     if _trace is not None:
         _trace.append((wanted, arch))
         return

@@ -39,7 +39,7 @@ def build_parser():
         prog="cupyq",
         description="Run and examine quantized language models: CUDA kernels compiled on your GPU, NumPy without one.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=28, width=120),
     )
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
@@ -52,7 +52,9 @@ def build_parser():
 
     def model_arguments(sub):
         sub.add_argument("model", metavar="MODEL", help="folder with config.json and *.safetensors")
-        sub.add_argument("--backend", choices=("auto", "numpy", "cupy"), default="auto", help="default: cupy where a GPU is usable")
+        sub.add_argument(
+            "--backend", choices=("auto", "numpy", "cupy"), default="auto", help="default: cupy where a GPU is usable"
+        )
 
     command("doctor", _doctor, "show GPU, driver, CuPy, compiler and cache, and what mends the missing ones")
 
@@ -68,11 +70,17 @@ def build_parser():
     sub.add_argument("--greedy", action="store_true", help="the most likely token at every step")
     sub.add_argument("--temperature", type=float, metavar="T", help="divides the logits; 0 is greedy; default 0.8")
     sub.add_argument("--top-k", type=_whole(0), metavar="K", help="keep the K most likely tokens, 0 keeps all; default 50")
-    sub.add_argument("--top-p", type=float, metavar="P", help="keep the most likely tokens that reach probability P; default 0.8")
+    sub.add_argument(
+        "--top-p", type=float, metavar="P", help="keep the most likely tokens that reach probability P; default 0.8"
+    )
     sub.add_argument("--min-p", type=float, metavar="P", help="keep tokens at least P times as likely as the first; default 0")
-    sub.add_argument("--seed", type=_whole(0), metavar="S", help="the same seed gives the same text; default: a new one each time")
+    sub.add_argument(
+        "--seed", type=_whole(0), metavar="S", help="the same seed gives the same text; default: a new one each time"
+    )
 
-    sub = command("perplexity", _perplexity, "measure how well a model predicts a text, and how far it is from a reference model")
+    sub = command(
+        "perplexity", _perplexity, "measure how well a model predicts a text, and how far it is from a reference model"
+    )
     model_arguments(sub)
     sub.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text")
     sub.add_argument("--window", type=_whole(2), default=256, metavar="N", help="tokens per window; default 256")
@@ -193,6 +201,7 @@ def _load(path, backend):
 
 def _generate(arguments):
     from cupyq.generate import SamplerSettings, StreamDecoder, encode, generate, load_tokenizer
+    from cupyq.generate.generator import check_ids
 
     settings = _sampler_settings(arguments, SamplerSettings)
     tokenizer = None
@@ -204,6 +213,7 @@ def _generate(arguments):
         raise ValueError("--prompt: no tokens, expected some text")
     model = _load(arguments.model, arguments.backend)
 
+    prompt = check_ids(prompt, model.config.vocab_size, "--tokens" if arguments.prompt is None else "--prompt")
     limit = model.config.max_seq_len
     wanted = arguments.max_new_tokens or max(1, min(128, limit - len(prompt) + 1))
     decoder = None if tokenizer is None else StreamDecoder(tokenizer, prompt)
@@ -356,6 +366,8 @@ def _compile(arguments):
     cache = doctor.cache_check()
     if not cache.ok:
         raise BackendError(f"{cache.found}: {cache.mend}")
+    if arguments.arch is None and _device.count() == 0:
+        raise BackendError("no GPU here to compile for: name architectures, as in --arch sm_80 sm_90a")
     archs = [_device.current().arch] if arguments.arch is None else [_checked_arch(arch) for arch in arguments.arch]
     jobs = [(instance, arch) for arch in dict.fromkeys(archs) for instance in all_instances()]
     label = f"compiling for {', '.join(dict.fromkeys(archs))}"

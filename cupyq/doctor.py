@@ -57,7 +57,9 @@ def report(diagnosis: dict) -> str:
     elif diagnosis["backend"] == "cupy":
         lines.append("\nModels run on the GPU (backend cupy).")
     else:
-        lines.append("\nModels run on the CPU (backend numpy, the reference: slow). For a GPU, mend the lines marked -- from the top.")
+        lines.append(
+            "\nModels run on the CPU (backend numpy, the reference: slow). For a GPU, mend the lines marked -- from the top."
+        )
     return "\n".join(lines)
 
 
@@ -70,7 +72,9 @@ def _guard(name, check):
     try:
         return check()
     except Exception as error:
-        return Check(name, False, f"{type(error).__name__}: {_one_line(error)}", "see the message; reinstalling the package often helps")
+        return Check(
+            name, False, f"{type(error).__name__}: {_one_line(error)}", "see the message; reinstalling the package often helps"
+        )
 
 
 def _one_line(error):
@@ -80,7 +84,12 @@ def _one_line(error):
 def _python():
     ok = sys.version_info >= _OLDEST_PYTHON
     oldest = ".".join(map(str, _OLDEST_PYTHON))
-    return Check("python", ok, f"{platform.python_version()} on {platform.machine()}", None if ok else f"install Python {oldest} or newer")
+    return Check(
+        "python",
+        ok,
+        f"{platform.python_version()} on {platform.machine()}",
+        None if ok else f"install Python {oldest} or newer",
+    )
 
 
 def _numpy():
@@ -145,7 +154,9 @@ def _cupy():
         mend = f"pip install --force-reinstall {next(iter(wheels))}"
         return Check("cupy", False, f"{listed} cannot be imported ({_one_line(error)})", mend)
     except OSError as error:
-        return Check("cupy", False, f"cannot be imported ({_one_line(error)})", "set CUPY_CACHE_DIR to a folder that is writable")
+        return Check(
+            "cupy", False, f"cannot be imported ({_one_line(error)})", "set CUPY_CACHE_DIR to a folder that is writable"
+        )
     return Check("cupy", True, listed or f"{cupy.__version__} (built from source)")
 
 
@@ -204,7 +215,11 @@ def _gpu():
         status = driver.cuDeviceGetCount(ctypes.byref(count))
     if status != 0 or count.value == 0:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        mend = f"unset CUDA_VISIBLE_DEVICES, which is {visible!r}" if visible is not None else "check nvidia-smi; it should list a GPU"
+        mend = (
+            f"unset CUDA_VISIBLE_DEVICES, which is {visible!r}"
+            if visible is not None
+            else "check nvidia-smi; it should list a GPU"
+        )
         return Check("gpu", False, f"none (driver error {status})" if status else "none", mend)
     found, too_old = [], []
     for index in range(count.value):
@@ -253,7 +268,9 @@ def _nvrtc():
         size = len(nvrtc.getCUBIN(program) if suffix == "cubin" else nvrtc.getPTX(program))
     finally:
         nvrtc.destroyProgram(program)
-    return Check("nvrtc", size > 0, f"{major}.{minor}, compiles for {arch}" + ("" if suffix == "cubin" else f" through {target}"))
+    return Check(
+        "nvrtc", size > 0, f"{major}.{minor}, compiles for {arch}" + ("" if suffix == "cubin" else f" through {target}")
+    )
 
 
 def _headers():

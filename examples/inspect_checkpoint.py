@@ -13,7 +13,8 @@ with Checkpoint(folder) as checkpoint:
     layers = defaultdict(dict)
     for name in checkpoint.names:
         layer, _, tensor = name.rpartition(".")
-        layers[layer][tensor] = checkpoint.array(name)  # a view of the file: nothing is read yet
+        if layer:
+            layers[layer][tensor] = checkpoint.array(name)  # a view of the file: nothing is read yet
 
     print(f"{'layer':<36}{'K':>7}{'N':>7}  {'kind':<8}{'code bits':<14}{'groups':>7}{'bits/weight':>13}")
     bits = weights = 0

@@ -4,7 +4,7 @@
 // Numerics    copies.
 // Limits      count a multiple of 32; any rows, any address of x.
 // Traffic     rows * count * (sizeof(T) + one 32-byte sector) bytes, from L2.
-// Reference   cupyq/ops/qmatmul.py: the order that `reconstruct` undoes
+// Reference   cupyq/ops/qmatmul.py: qmatmul_reference, which takes x as it is
 #include "types.cuh"
 
 template <typename T>

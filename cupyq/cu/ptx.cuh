@@ -24,28 +24,37 @@ __device__ __forceinline__ void mma_16x8x16<half>(float (&d)[4], const uint32 (&
 #endif
 }
 
+// Turing multiplies no bfloat16: exchange the fragments between lanes and use fp32 FMA (slow, correct). Not inlined: a
+// kernel holds dozens of products, and ptxas then takes minutes and spills.
+__device__ __noinline__ float4 mma_16x8x16_bfloat16_by_fma(float4 d, uint4 a, uint2 b) {
+    int lane = threadIdx.x % 32, group = lane / 4, t = lane % 4;
+    for (int h = 0; h < 2; h++)
+        for (int s = 0; s < 4; s++) {
+            uint32 a_low = __shfl_sync(0xffffffffu, h ? a.z : a.x, 4 * group + s);
+            uint32 a_high = __shfl_sync(0xffffffffu, h ? a.w : a.y, 4 * group + s);
+            uint32 b_even = __shfl_sync(0xffffffffu, h ? b.y : b.x, 4 * (2 * t) + s);
+            uint32 b_odd = __shfl_sync(0xffffffffu, h ? b.y : b.x, 4 * (2 * t + 1) + s);
+            for (int e = 0; e < 2; e++) {  // the pair's low, then high value
+                auto value = [e](uint32 pair) { return __uint_as_float(e ? pair & 0xffff0000u : pair << 16); };
+                d.x = fmaf(value(a_low), value(b_even), d.x);
+                d.y = fmaf(value(a_low), value(b_odd), d.y);
+                d.z = fmaf(value(a_high), value(b_even), d.z);
+                d.w = fmaf(value(a_high), value(b_odd), d.w);
+            }
+        }
+    return d;
+}
+
 template <>
 __device__ __forceinline__ void mma_16x8x16<bfloat16>(float (&d)[4], const uint32 (&a)[4], const uint32 (&b)[2]) {
 #if __CUDA_ARCH__ >= 800
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-#else  // Turing multiplies no bfloat16: exchange the fragments between lanes and use fp32 FMA (slow, correct)
-    int lane = threadIdx.x % 32, group = lane / 4, t = lane % 4;
-    for (int h = 0; h < 2; h++)
-        for (int s = 0; s < 4; s++) {
-            uint32 a_low = __shfl_sync(0xffffffffu, a[2 * h], 4 * group + s);
-            uint32 a_high = __shfl_sync(0xffffffffu, a[2 * h + 1], 4 * group + s);
-            uint32 b_even = __shfl_sync(0xffffffffu, b[h], 4 * (2 * t) + s);
-            uint32 b_odd = __shfl_sync(0xffffffffu, b[h], 4 * (2 * t + 1) + s);
-            for (int e = 0; e < 2; e++) {  // the pair's low, then high value
-                auto value = [e](uint32 pair) { return __uint_as_float(e ? pair & 0xffff0000u : pair << 16); };
-                d[0] = fmaf(value(a_low), value(b_even), d[0]);
-                d[1] = fmaf(value(a_low), value(b_odd), d[1]);
-                d[2] = fmaf(value(a_high), value(b_even), d[2]);
-                d[3] = fmaf(value(a_high), value(b_odd), d[3]);
-            }
-        }
+#else
+    float4 sum = mma_16x8x16_bfloat16_by_fma(
+        make_float4(d[0], d[1], d[2], d[3]), make_uint4(a[0], a[1], a[2], a[3]), make_uint2(b[0], b[1]));
+    d[0] = sum.x, d[1] = sum.y, d[2] = sum.z, d[3] = sum.w;
 #endif
 }
 

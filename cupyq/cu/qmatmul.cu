@@ -21,11 +21,16 @@
 
 static_assert(TILE == 32, "a tile is two 16-row mma operands wide and two k = 16 steps high");
 
-// Two thread blocks share a multiprocessor where that costs no spills: few rows, and at most three widths in the matrix.
-constexpr int blocks_per_sm(int widths, int m_tiles) {
+// How many widths a matrix mixes. More of them, and more rows, leave the compiler fewer registers.
+constexpr int width_count(int widths) {
     int count = 0;
     for (int bits = 2; bits <= 8; bits++) count += widths >> bits & 1;
-    return m_tiles == 1 && count <= 3 || m_tiles == 2 && count <= 2 ? 2 : 1;
+    return count;
+}
+
+// Two thread blocks share a multiprocessor where that costs no spills.
+constexpr int blocks_per_sm(int widths, int m_tiles) {
+    return m_tiles == 1 && width_count(widths) <= 3 || m_tiles == 2 && width_count(widths) <= 2 ? 2 : 1;
 }
 
 template <typename T, bool has_zeros, int widths, int m_tiles, int warps_n, int warps_k>
@@ -76,7 +81,7 @@ __global__ void __launch_bounds__(32 * warps_n * warps_k, blocks_per_sm(widths, 
     // Blocks [begin, end) of one width; `base`: words of the width's first block, `first`: its number; `chunk`: that of sX.
     auto run = [&](auto width, int begin, int end, int first, const uint32 *base, int chunk) {
         constexpr int bits = decltype(width)::bits;
-        constexpr int stages = m_tiles > 4 ? 2 : bits <= 4 ? 4 : 3;
+        constexpr int stages = m_tiles > 4 ? (width_count(widths) > 3 ? 1 : 2) : bits <= 4 ? 4 : 3;
         struct Stage {
             LaneWords<bits> words;
             Vector<half, 4> scale, zero;

@@ -8,7 +8,7 @@
 // Numerics    a token's weight is 2^40 * exp((logit - max) / temperature) as an integer, so every sum of weights is
 //             exact and the same in any order; all float arithmetic is written out in single roundings that NumPy
 //             repeats. The drawn id is therefore the reference's.
-// Order       by logit, descending, ties by lowest id. `rank`: the logit as an unsigned number, ascending in this order.
+// Order       by logit, descending, ties by lowest id. `rank` is the logit as a uint32 that ascends so.
 // Draw        the first id whose cumulative weight, in id order, exceeds floor(U * total / 2^64), U from Philox.
 // Limits      vocab <= 2^23 (totals below 2^63).
 // Traffic     rows * (vocab * sizeof(X) + 4) bytes from DRAM.

@@ -21,6 +21,7 @@ is one contiguous run: width 6 is a 512-byte part and a 256-byte part. Device co
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -44,24 +45,26 @@ class TileLayout:
     row: np.ndarray | None  # int32 [32 * blocks]: stored row -> original row, -1 for padding; None where that is identity
     bit_offset: np.ndarray  # int64 [32 * blocks]: first bit in its column's packed stream, -1 for padding
 
-    @property
+    # Cached: kernels are launched with these numbers thousands of times a second.
+
+    @cached_property
     def blocks(self) -> int:
         return len(self.block_bits)
 
-    @property
+    @cached_property
     def column_tiles(self) -> int:
         return -(-self.n // TILE)
 
-    @property
+    @cached_property
     def padded_n(self) -> int:
         return self.column_tiles * TILE
 
-    @property
+    @cached_property
     def width_blocks(self) -> tuple[int, ...]:
         """Number of blocks of width 8, 6, 5, 4, 3 and 2."""
         return tuple(int(np.count_nonzero(self.block_bits == bits)) for bits in WIDTHS_IN_ORDER)
 
-    @property
+    @cached_property
     def words_per_column_tile(self) -> int:
         return int(self.block_bits.sum()) * TILE
 

@@ -57,8 +57,6 @@ def generate(
     generation. `on_token(token)` is called for each new token as soon as it is known. The same model, prompt, settings and
     seed give the same tokens. ValueError / TypeError for an empty prompt, ids outside the vocabulary, and a prompt and
     max_new_tokens that do not fit the model's context together.
-
-    >>> generate(model, [1, 15043], max_new_tokens=5, settings=SamplerSettings.greedy()).tokens  # doctest: +SKIP
     """
     settings = SamplerSettings() if settings is None else settings
     prompt = check_ids(prompt_ids, model.config.vocab_size, "prompt_ids")
@@ -116,13 +114,14 @@ def _next_ids(model: Any, ids: Any, cache: Any, settings: SamplerSettings, seed:
 
 def check_ids(ids: Sequence[int] | np.ndarray, vocab_size: int, name: str) -> list[int]:
     """`ids` as a list of ints, after checking that there is one at least and that each is in the vocabulary."""
-    array = np.asarray(ids)
-    if array.size == 0:
+    if isinstance(ids, np.ndarray) and ids.ndim != 1:
+        raise TypeError(f"{name} must be a list of whole numbers, got an array of shape {ids.shape}")
+    tokens = list(ids)
+    if not tokens:
         raise ValueError(f"{name} is empty: at least one token is needed")
-    if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise TypeError(f"{name} must be a list of whole numbers, got shape {array.shape} of {array.dtype}")
-    outside = (array < 0) | (array >= vocab_size)
-    if outside.any():
-        position = int(outside.argmax())
-        raise ValueError(f"{name}: token {array[position]} at position {position}, expected 0 to {vocab_size - 1}")
-    return [int(token) for token in array]
+    for position, token in enumerate(tokens):
+        if isinstance(token, bool) or not isinstance(token, (int, np.integer)):
+            raise TypeError(f"{name} must be a list of whole numbers, got {token!r} at position {position}")
+        if not 0 <= token < vocab_size:
+            raise ValueError(f"{name}: token {token} at position {position}, expected 0 to {vocab_size - 1}")
+    return [int(token) for token in tokens]

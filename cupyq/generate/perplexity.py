@@ -57,7 +57,9 @@ def perplexity(
     tokens = np.array(check_ids(ids, vocab, "ids"), np.int32)
     count = len(tokens) // window
     if count == 0:
-        raise ValueError(f"the text has {len(tokens)} tokens, fewer than one window of {window}: take a longer text or a smaller window")
+        raise ValueError(
+            f"the text has {len(tokens)} tokens, fewer than one window of {window}: take a longer text or a smaller window"
+        )
     count = count if max_windows is None else min(count, max_windows)
     windows = tokens[: count * window].reshape(count, window)
     batch = max(1, min(batch, _LOGITS_BYTES // (4 * window * vocab)))

@@ -16,7 +16,9 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
 
     path = Path(folder) / "tokenizer.json"
     if not path.is_file():
-        raise FormatError(f"{path}: missing; copy it from the original model, or pass token ids (--tokens 1,2,3) instead of text")
+        raise FormatError(
+            f"{path}: missing; copy it from the original model, or pass token ids (--tokens 1,2,3) instead of text"
+        )
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception

@@ -1,5 +1,6 @@
 """Products with quantized weights, and the weights themselves."""
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -85,6 +86,7 @@ FUSED_ROWS = 64
 """Up to so many rows the fused kernel runs; beyond, dequantise and cuBLAS."""
 
 
+@functools.cache
 def pick_config(m, n, blocks, sm_count, *, warps_n=4, warps_k=2, shared_limit=48 * 1024):
     """QmatmulConfig for m rows: two thread blocks for every multiprocessor where K is long enough to be sliced."""
     m_tiles = next(t for t in (1, 2, 4, 8) if 8 * t >= min(m, FUSED_ROWS))

@@ -1,0 +1,90 @@
+"""Every example runs, from another folder, and says what it promises."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+EXAMPLES = ROOT / "examples"
+
+
+def run(name, folder, *arguments):
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / f"{name}.py"), *arguments],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "CUPYQ_CACHE_DIR": os.environ.get("CUPYQ_CACHE_DIR", str(folder / "cache"))},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def largest_error(text):
+    return float(re.search(r"largest error against float64 (\S+)", text)[1])
+
+
+def test_every_example_is_run_here():
+    names = {path.stem for path in EXAMPLES.glob("*.py")}
+    assert names == {"ops_numpy", "ops_torch", "ops_jax", "inspect_checkpoint", "demo"}
+
+
+def test_ops_numpy(tmp_path):
+    text = run("ops_numpy", tmp_path)
+    assert "exl2 [768, 256] at 4.71 bits per weight" in text
+    assert largest_error(text) < 2e-3
+
+
+@pytest.mark.parametrize(("name", "framework"), [("ops_torch", "PyTorch"), ("ops_jax", "JAX")])
+def test_without_the_framework_a_line_says_so(name, framework, tmp_path):
+    script = (
+        "import runpy, sys; sys.modules['torch'] = sys.modules['jax'] = None;"  # makes the imports fail
+        f"runpy.run_path({str(EXAMPLES / f'{name}.py')!r}, run_name='__main__')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+    assert done.returncode == 0 and done.stderr == ""
+    assert done.stdout.startswith(f"{framework} is not installed") and len(done.stdout.splitlines()) == 1
+
+
+def test_inspect_checkpoint(tmp_path):
+    text = run("inspect_checkpoint", tmp_path)
+    assert text.count("exl2") == 29 and "3,407,872 quantized weights, 2.845 bits each" in text
+    text = run("inspect_checkpoint", tmp_path, str(EXAMPLES / "models/shakespeare-gptq-g32"))
+    assert text.count("gptq") == 28 and "3,145,728 quantized weights" in text
+
+
+def perplexities(text):
+    """{row name: perplexity} of the demo's table."""
+    return {name: float(value) for name, value in re.findall(r"^(float16|EXL2) +[\d.]+ +([\d.]+)$", text, re.MULTILINE)}
+
+
+def test_demo(tmp_path):
+    text = run("demo", tmp_path, "--backend", "numpy")
+    assert perplexities(text) == pytest.approx({"float16": 20.3162, "EXL2": 20.4258}, abs=2e-3)
+    assert "backend numpy" in text and "over 24 windows" in text and "\nROMEO:\n" in text and "200 tokens" in text
+
+
+@pytest.mark.gpu
+def test_ops_torch_on_the_gpu(tmp_path):
+    pytest.importorskip("torch")
+    text = run("ops_torch", tmp_path)
+    assert "torch (3, 256) torch.float16 on cuda:0" in text and largest_error(text) < 2e-3
+
+
+@pytest.mark.gpu
+def test_ops_jax_on_the_gpu(tmp_path):
+    pytest.importorskip("jax")
+    text = run("ops_jax", tmp_path)
+    assert "(3, 256) float16 on " in text and largest_error(text) < 2e-3
+
+
+@pytest.mark.gpu
+def test_demo_on_the_gpu(tmp_path):
+    text = run("demo", tmp_path)
+    assert "backend cupy" in text and "over 193 windows" in text
+    assert perplexities(text) == pytest.approx({"float16": 29.0918, "EXL2": 29.0282}, abs=2e-2)
