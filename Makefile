@@ -32,8 +32,7 @@ help:
 	@echo 'make wheel     dist/cupyq-*.whl'
 
 demo: $(DEMO_STAMP)
-	.venv/bin/cupyq inspect examples/models/shakespeare-exl2-4.0
-	.venv/bin/cupyq generate examples/models/shakespeare-exl2-4.0 --prompt 'ROMEO:' --max-new-tokens 64 --greedy
+	.venv/bin/python examples/demo.py
 
 test: $(TEST_STAMP)
 	.venv/bin/python -m pytest -q -n $(JOBS)

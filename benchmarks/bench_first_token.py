@@ -2,7 +2,8 @@
 
     python benchmarks/bench_first_token.py [MODEL ...]
 
-Wall time of `cupyq generate MODEL --tokens ... --max-new-tokens 1`: interpreter, imports, loading, kernels and one forward pass.
+Wall time of `cupyq generate MODEL --tokens ... --max-new-tokens 1`: interpreter, imports, loading,
+kernels and one forward pass.
 """
 
 import os

@@ -6,6 +6,7 @@ exit code 2. Heavy modules are imported inside the commands: `cupyq --help` load
 
 import argparse
 import contextlib
+import io
 import json
 import os
 import sys
@@ -116,7 +117,7 @@ def main(argv=None):
     """Run the command line; returns the exit code."""
     try:
         for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(AttributeError):
+            if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 must not end a generation
         arguments = build_parser().parse_args(argv)
         if arguments.version:
@@ -147,7 +148,7 @@ def main(argv=None):
 
 
 def _fail(error):
-    """One line on stderr. Errors that cupyq does not raise on purpose also name their type, and where a traceback is to be had."""
+    """One line on stderr. Errors that cupyq does not raise on purpose also name their type and the way to a traceback."""
     message = " ".join(str(error).split())
     if len(message) > 1000:  # a compiler log, say
         message = f"{message[:1000]} ..."
@@ -287,7 +288,7 @@ def _perplexity(arguments):
     reference = None if arguments.reference is None else _load(arguments.reference, arguments.backend)
 
     total = min(len(ids) // arguments.window, arguments.max_windows or len(ids))
-    with tqdm(total=total, desc="perplexity", unit="window", delay=1, leave=False, file=sys.stderr) as bar:
+    with tqdm(total=total, desc="perplexity", unit="window", delay=1, leave=False, disable=None, file=sys.stderr) as bar:
         measured = perplexity(
             model,
             ids,
@@ -297,7 +298,7 @@ def _perplexity(arguments):
             on_windows=bar.update,
         )
     lines = [f"perplexity  {measured.perplexity:.4f}   ({measured.windows} windows, {measured.tokens} predicted tokens)"]
-    if reference is not None:
+    if measured.kl is not None and measured.top1 is not None:
         lines.append(f"KL          {measured.kl:.5f}   nats per token, from the reference")
         lines.append(f"top-1       {100 * measured.top1:.2f} %  of the tokens have the same most likely one")
     print("\n".join(lines), file=arguments.out)
@@ -348,7 +349,7 @@ def all_instances():
 
     import cupyq.ops
 
-    instances = []
+    instances: list = []
     for module in pkgutil.iter_modules(cupyq.ops.__path__, "cupyq.ops."):
         instances += getattr(importlib.import_module(module.name), "INSTANCES", [])
     return list(dict.fromkeys(instances))
@@ -374,7 +375,7 @@ def _compile(arguments):
     start = time.perf_counter()
     with (
         _kernels._announced(label),
-        tqdm(total=len(jobs), desc=label, unit="kernel", delay=1, leave=False, file=sys.stderr) as bar,
+        tqdm(total=len(jobs), desc=label, unit="kernel", delay=1, leave=False, disable=None, file=sys.stderr) as bar,
         ThreadPoolExecutor(os.cpu_count()) as pool,
     ):
         for _ in pool.map(lambda job: _kernels.compiled(*job), jobs):

@@ -199,7 +199,7 @@ def _driver():
     cuda = f"CUDA {version // 1000}.{version % 1000 // 10}"
     found = f"{release}, runs up to {cuda}" if release else f"runs up to {cuda}"
     for name in _cupy_wheels():
-        built_for = re.search(r"cuda(\d+)", name)
+        built_for = re.search(r"cuda(\d+)x", name)
         if built_for and int(built_for[1]) > version // 1000:
             mend = f"pip uninstall -y {name} && {_extra(12)}, or install a newer driver"
             return Check("driver", False, f"{found}, too old for {name}", mend)
@@ -227,10 +227,9 @@ def _gpu():
         found.append(f"{index}: {name}, sm_{arch}, {memory / 2**30:.0f} GiB")
         if arch < _OLDEST_ARCH:
             too_old.append(str(index))
-    mend = None
-    if too_old:
-        mend = f"GPU {', '.join(too_old)}: older than sm_{_OLDEST_ARCH}; choose another by CUDA_VISIBLE_DEVICES"
-    return Check("gpu", "0" not in too_old, "; ".join(found), mend)
+    which = ", ".join(too_old)
+    choose = f"GPU {which}: older than sm_{_OLDEST_ARCH}; choose another by CUDA_VISIBLE_DEVICES" if too_old else None
+    return Check("gpu", "0" not in too_old, "; ".join(found), choose)
 
 
 def _describe_gpu(driver, index):

@@ -40,7 +40,7 @@ if quantized.backend == "numpy":
     windows = min(windows, WINDOWS_ON_CPU)
 print(f"{'':<10}{'bits per weight':>16}{'perplexity':>13}   over {windows} windows of {WINDOW} tokens it never saw")
 for name, model in models.items():
-    with tqdm(total=windows, desc=name, unit="window", delay=1, leave=False) as bar:
+    with tqdm(total=windows, desc=name, unit="window", delay=1, leave=False, disable=None) as bar:
         measured = perplexity(model, ids, window=WINDOW, max_windows=windows, on_windows=bar.update)
     print(f"{name:<10}{model.bits_per_weight:>16.3f}{measured.perplexity:>13.3f}")
 
