@@ -33,13 +33,11 @@ def require_cupy():
         import cupy
     except ImportError as error:
         raise BackendError(
-            f"CuPy cannot be imported ({first_line(error)}); "
-            "install it with `pip install 'cupyq[cuda12]'` or `'cupyq[cuda13]'`"
+            f"CuPy cannot be imported ({first_line(error)}); install it with `pip install 'cupyq[cuda12]'` or `'cupyq[cuda13]'`"
         ) from None
     except OSError as error:  # CuPy creates a folder below HOME when it is imported
         raise BackendError(
-            f"CuPy cannot be imported ({first_line(error)}); "
-            "if HOME is not writable, set CUPY_CACHE_DIR to a folder that is"
+            f"CuPy cannot be imported ({first_line(error)}); if HOME is not writable, set CUPY_CACHE_DIR to a folder that is"
         ) from None
     return cupy
 

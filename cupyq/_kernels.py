@@ -123,8 +123,7 @@ def _write_atomically(path, data):
             raise
     except OSError as error:
         raise BackendError(
-            f"cannot write to the kernel cache {path.parent} ({error.strerror}); "
-            "set CUPYQ_CACHE_DIR to a writable folder"
+            f"cannot write to the kernel cache {path.parent} ({error.strerror}); set CUPYQ_CACHE_DIR to a writable folder"
         ) from None
 
 
@@ -139,8 +138,7 @@ def _cached_name(code_path, name_path):
         return None
     except OSError as error:
         raise BackendError(
-            f"cannot read the kernel cache {code_path.parent} ({error.strerror}); "
-            "set CUPYQ_CACHE_DIR to a folder of your own"
+            f"cannot read the kernel cache {code_path.parent} ({error.strerror}); set CUPYQ_CACHE_DIR to a folder of your own"
         ) from None
 
 
@@ -266,9 +264,7 @@ def launch(wanted, grid, block, arguments, shared_bytes=0):
                 raise ValueError(f"{wanted}: argument {position} is on GPU {own_device}, the first on {device_id}")
             checked.append(value)
         else:
-            raise TypeError(
-                f"{wanted}: argument {position} is a {type(value).__name__}: wrap numbers, as in np.int32(3)"
-            )
+            raise TypeError(f"{wanted}: argument {position} is a {type(value).__name__}: wrap numbers, as in np.int32(3)")
     if 0 in grid or 0 in block:
         raise ValueError(f"{wanted}: empty launch, grid {grid}, block {block}")
     if cupy is None or device_id is None:

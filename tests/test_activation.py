@@ -87,9 +87,7 @@ def test_recorded_softcap(case, library):
     y, expected = host(softcap(move(library, inputs["x"]), arguments["scale"])), outputs["y"]
     assert y.dtype == expected.dtype
     # Recorded with fp32 tanh; one rounding on either side.
-    np.testing.assert_allclose(
-        y, expected.astype(np.float64), rtol=2**-10 if y.dtype == np.float16 else 1e-6, atol=1e-6
-    )
+    np.testing.assert_allclose(y, expected.astype(np.float64), rtol=2**-10 if y.dtype == np.float16 else 1e-6, atol=1e-6)
     assert np.mean(y == expected) > (0.98 if y.dtype == np.float16 else 0.4)
 
 

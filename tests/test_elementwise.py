@@ -184,9 +184,7 @@ REFUSED = {
     "out is weights": (
         ValueError,
         "out overlaps weights",
-        lambda m: (lambda w: add_weighted(m(np.ones((2, 1), "f")), m(np.ones((2, 1), "f")), w, out=w.reshape(2, 1)))(
-            m(R)
-        ),
+        lambda m: (lambda w: add_weighted(m(np.ones((2, 1), "f")), m(np.ones((2, 1), "f")), w, out=w.reshape(2, 1)))(m(R)),
     ),
     "x scalar": (
         ValueError,

@@ -366,8 +366,7 @@ print(sorted(name for _, name in (_kernels.compiled(w, "sm_80") for w in wanted)
 """
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUPYQ_CACHE_DIR": str(cache)}
     processes = [
-        subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
-        for _ in range(2)
+        subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)
     ]
     outputs = [process.communicate(timeout=120)[0].splitlines() for process in processes]
     assert all(process.returncode == 0 for process in processes)

@@ -53,9 +53,7 @@ def in_float32(x, weight, bias, eps, kind, dtype):
 
 
 def run(kind, x, weight, bias, eps, **options):
-    return (
-        layer_norm(x, weight, bias, eps=eps, **options) if kind == "layer" else rms_norm(x, weight, eps=eps, **options)
-    )
+    return layer_norm(x, weight, bias, eps=eps, **options) if kind == "layer" else rms_norm(x, weight, eps=eps, **options)
 
 
 # --- references -------------------------------------------------------------------------------------------------------

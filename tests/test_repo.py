@@ -55,8 +55,7 @@ LAYERS = {
 
 def module_names():
     return sorted(
-        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-        for path in PACKAGE.rglob("*.py")
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in PACKAGE.rglob("*.py")
     )
 
 
@@ -296,14 +295,10 @@ def float_atomics_in(ptx):
 
 def test_no_kernel_adds_floats_atomically():
     """Read off the compiled text, as atomicAdd is legal on integers. An unknown architecture compiles to PTX."""
-    suspects = [
-        i for i in listed_instances() if re.search(r"atomicAdd|\batom\.|\bred\.", included_text(f"{i.file}.cu"))
-    ]
+    suspects = [i for i in listed_instances() if re.search(r"atomicAdd|\batom\.|\bred\.", included_text(f"{i.file}.cu"))]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         texts = list(pool.map(lambda instance: _kernels.compile_instance(instance, "sm_999")[0].decode(), suspects))
-    assert {
-        str(i): float_atomics_in(text) for i, text in zip(suspects, texts, strict=True) if float_atomics_in(text)
-    } == {}
+    assert {str(i): float_atomics_in(text) for i, text in zip(suspects, texts, strict=True) if float_atomics_in(text)} == {}
     assert all(".target sm_" in text for text in texts)
 
 
@@ -384,9 +379,7 @@ def test_python_code_keeps_its_rules(path):
 
 def test_no_stray_words():
     words = re.compile(r"\b(TODO|FIXME|XXX|NotImplementedError)\b")
-    sources = (
-        p for folder in (PACKAGE, ROOT / "tests") for p in folder.rglob("*") if p.suffix in (".py", ".cu", ".cuh")
-    )
+    sources = (p for folder in (PACKAGE, ROOT / "tests") for p in folder.rglob("*") if p.suffix in (".py", ".cu", ".cuh"))
     found = [
         f"{path.relative_to(ROOT)}:{number}"
         for path in sources
@@ -413,9 +406,7 @@ def test_the_wheel_holds_the_kernels(tmp_path):
     ignored = shutil.ignore_patterns("__pycache__", ".*", "*.egg-info", "build", "dist", "examples", "tests")
     shutil.copytree(ROOT, source, ignore=ignored)
     code = "import sys; from setuptools import build_meta; print(build_meta.build_wheel(sys.argv[1]))"
-    built = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], cwd=source, capture_output=True, text=True, timeout=120
-    )
+    built = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=source, capture_output=True, text=True, timeout=120)
     assert built.returncode == 0, built.stderr
     (wheel,) = tmp_path.glob("*.whl")
     assert wheel.name.endswith("-py3-none-any.whl")

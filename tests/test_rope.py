@@ -129,9 +129,7 @@ def test_bound_rejects_wrong_formulas(style):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("style", STYLES)
-@pytest.mark.parametrize(
-    "dtype, table_dtype", [(d, t) for d in FLOATS for t in (float32, float16)], ids=lambda d: d.name
-)
+@pytest.mark.parametrize("dtype, table_dtype", [(d, t) for d in FLOATS for t in (float32, float16)], ids=lambda d: d.name)
 def test_kernel(cupy, style, dtype, table_dtype):
     for batch, seq, heads, head_dim, pairs in [
         (1, 1, 1, 2, 1),
@@ -196,9 +194,7 @@ def test_tokens_outside_become_nan(cupy, style, is_in_place):
         y = target.get()
         assert np.all(np.isnan(y[~is_inside])) and not np.any(np.isnan(y[is_inside]))
         known = rope(x, sin, cos, np.where(is_inside, tokens, 0).astype(np.int32), style=style)
-        np.testing.assert_allclose(
-            y[is_inside].astype(np.float32), known[is_inside].astype(np.float32), rtol=2e-3, atol=1e-3
-        )
+        np.testing.assert_allclose(y[is_inside].astype(np.float32), known[is_inside].astype(np.float32), rtol=2e-3, atol=1e-3)
 
 
 def test_numpy_names_the_token_outside():
@@ -268,9 +264,7 @@ def test_default_tables_against_math():
         assert sin[position, pair] == np.float32(math.sin(angle)) or abs(sin[position, pair] - math.sin(angle)) < 1e-7
         assert abs(cos[position, pair] - math.cos(angle)) < 1e-7
     assert rope_tables(4, 0)[0].shape == (0, 2)
-    assert same_bits(
-        rope_tables(8, 7, scaling={"rope_type": "default", "rope_theta": 10000.0})[0], rope_tables(8, 7)[0]
-    )
+    assert same_bits(rope_tables(8, 7, scaling={"rope_type": "default", "rope_theta": 10000.0})[0], rope_tables(8, 7)[0])
 
 
 @pytest.mark.gpu

@@ -427,16 +427,12 @@ def test_checkpoint_refuses_a_tensor_of_two_files(tmp_path):
     with Checkpoint(tmp_path) as checkpoint:
         assert checkpoint.array("one").tolist() == checkpoint.array("two").tolist() == [ord("y")]
         for call in (checkpoint.array, checkpoint.info, lambda name: checkpoint.read_into(name, bytearray(1))):
-            with pytest.raises(
-                FormatError, match=r"one\.safetensors: tensor 'twice' is also in two\.safetensors; remove"
-            ):
+            with pytest.raises(FormatError, match=r"one\.safetensors: tensor 'twice' is also in two\.safetensors; remove"):
                 call("twice")
 
 
 def test_checkpoint_folder_errors(tmp_path):
-    with pytest.raises(
-        FormatError, match=r"no \*\.safetensors file; convert .* pickles \(\.bin, \.pt\) are never read"
-    ):
+    with pytest.raises(FormatError, match=r"no \*\.safetensors file; convert .* pickles \(\.bin, \.pt\) are never read"):
         Checkpoint(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
     with pytest.raises(FormatError, match=r"no \*\.safetensors file"):

@@ -84,9 +84,7 @@ def quantized():
             word = ".q_weight" if "exl2" in model else ".qweight"
             keys = [name.removesuffix(word) for name in checkpoint.names if name.endswith(word)]
             for key in keys[:8]:
-                tensors = {
-                    n.rpartition(".")[2]: checkpoint.array(n) for n in checkpoint.names if n.startswith(f"{key}.")
-                }
+                tensors = {n.rpartition(".")[2]: checkpoint.array(n) for n in checkpoint.names if n.startswith(f"{key}.")}
                 q = cupyq.QMatrix.from_tensors({name: cupy.asarray(value) for name, value in tensors.items()})
                 ops.reconstruct(q)
                 for rows in (1, 7, 17, 64, 65):

@@ -85,8 +85,7 @@ def _unpack(words: np.ndarray, bits: int, length: int, axis: int) -> np.ndarray:
     _check_length("rows" if axis == 0 else "cols", length, bits, axis)
     if words.shape[axis] * 32 != length * bits:
         raise ValueError(
-            f"words: shape {words.shape}, expected {length * bits // 32} along axis {axis} "
-            f"for {length} values of {bits} bits"
+            f"words: shape {words.shape}, expected {length * bits // 32} along axis {axis} for {length} values of {bits} bits"
         )
     shape = list(words.shape)
     shape[axis] = length

@@ -158,8 +158,7 @@ def _permutation(tensors: Mapping[str, Any], short: str, name: str, k: int) -> n
     counts = np.bincount(values, minlength=k)
     if (counts != 1).any():
         raise FormatError(
-            f"{label(name, short)}: not a permutation, {int(np.argmax(counts == 0))} does not occur; "
-            "convert the model again"
+            f"{label(name, short)}: not a permutation, {int(np.argmax(counts == 0))} does not occur; convert the model again"
         )
     return values.astype(np.int32)
 

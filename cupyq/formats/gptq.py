@@ -106,8 +106,7 @@ def _read_g_idx(tensors: Mapping[str, Any], name: str, k: int, group_count: int)
     if outside.any():
         row = int(np.argmax(outside))
         raise FormatError(
-            f"{label(name, 'g_idx')}: row {row} is in group {values[row]}, expected 0 to {group_count - 1}, "
-            "the rows of qzeros"
+            f"{label(name, 'g_idx')}: row {row} is in group {values[row]}, expected 0 to {group_count - 1}, the rows of qzeros"
         )
     if group_count > 1 and not values.any():
         return None
@@ -126,8 +125,7 @@ def _resolve_group_size(group_size: int | None, k: int, group_count: int, name: 
     if needed != group_count:
         advice = "pass the group_size of the checkpoint's config" if not given else "leave group_size out to infer it"
         raise FormatError(
-            f"{label(name, 'qzeros')}: {group_count} groups, but {k} rows in groups of {group_size} make {needed}; "
-            f"{advice}"
+            f"{label(name, 'qzeros')}: {group_count} groups, but {k} rows in groups of {group_size} make {needed}; {advice}"
         )
     return group_size
 
@@ -154,9 +152,7 @@ def gptq_scales(scales: np.ndarray, name: str = "") -> np.ndarray:
     return rounded
 
 
-def unpack_gptq(
-    tensors: Mapping[str, np.ndarray], layout: GptqLayout, *, zeros: str = "v1"
-) -> tuple[np.ndarray, np.ndarray]:
+def unpack_gptq(tensors: Mapping[str, np.ndarray], layout: GptqLayout, *, zeros: str = "v1") -> tuple[np.ndarray, np.ndarray]:
     """(codes uint8 [K, N] in original row order, true zeros int16 [G, N]: stored + 1 for v1, stored for v2)."""
     _check_convention("zeros", zeros)
     codes = unpack_rows(tensors["qweight"], layout.bits, layout.k)

@@ -110,9 +110,7 @@ class SafetensorsFile:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self.close()
 
     def close(self) -> None:
@@ -277,9 +275,7 @@ class SafetensorsFile:
             self._refuse(f"data_offsets {_show(offsets)}, expected two whole numbers; {_DAMAGED}", name)
         begin, end = offsets
         if not 0 <= begin <= end <= size - data_start:
-            self._refuse(
-                f"data_offsets {_show(offsets)}, expected 0 <= begin <= end <= {size - data_start}; {_DAMAGED}", name
-            )
+            self._refuse(f"data_offsets {_show(offsets)}, expected 0 <= begin <= end <= {size - data_start}; {_DAMAGED}", name)
         if end - begin != count * dtype.itemsize:
             self._refuse(
                 f"data_offsets span {end - begin} bytes, but shape {_show(shape)} of {dtype_name} takes "
@@ -329,9 +325,7 @@ class Checkpoint:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self.close()
 
     def close(self) -> None:

@@ -146,7 +146,7 @@ def unpack_tiles(words: np.ndarray, layout: TileLayout) -> np.ndarray:
         borders = np.cumsum(PARTS[bits])[:-1] * TILE
         parts = [p.reshape(*p.shape[:2], TILE, -1) for p in np.split(run, borders, axis=-1)]
         lane_words = np.concatenate(parts, axis=-1)
-        pairs, first, shift = np.uint32(0), 0, 0
+        pairs, first, shift = np.zeros((*lane_words.shape[:3], 16), np.uint32), 0, 0
         for width in PLANES[bits]:
             fields = lane_words[..., first : first + width, None] >> np.arange(0, 16, width, dtype=np.uint32)
             fields = fields.reshape(*fields.shape[:3], 16) & np.uint32(((1 << width) - 1) * 0x10001)

@@ -32,9 +32,7 @@ class Attention:
     a query sees, its own included, or None.
     """
 
-    def __init__(
-        self, q, k, v, o, *, layer, head_dim, scale, window=None, softcap=None, q_norm=None, k_norm=None, eps=1e-6
-    ):
+    def __init__(self, q, k, v, o, *, layer, head_dim, scale, window=None, softcap=None, q_norm=None, k_norm=None, eps=1e-6):
         self.q, self.k, self.v, self.o = q, k, v, o
         self.layer, self.head_dim, self.scale, self.window, self.softcap = layer, head_dim, scale, window, softcap
         self.q_norm, self.k_norm, self.eps = q_norm, k_norm, eps

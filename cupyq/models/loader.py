@@ -22,6 +22,7 @@ from cupyq.models.model import Model
 from cupyq.models.upload import Wanted
 from cupyq.ops.qmatrix import QMatrix
 from cupyq.ops.rope import rope_tables
+from cupyq.ops.sampling import sample
 
 _DTYPES = {"float16": float16, "bfloat16": bfloat16, "float32": float32}
 _EXL2_TENSORS = ("q_weight", "q_scale", "q_scale_max", "q_groups", "q_invperm")
@@ -113,9 +114,7 @@ class _Plan:
         self.parts: list[_Part] = []
         self.used: set[str] = set()
 
-    def _add(
-        self, key: str, tensors: Mapping[str, Wanted], build: Callable[[dict[str, Any]], Any], parameters: int
-    ) -> _Part:
+    def _add(self, key: str, tensors: Mapping[str, Wanted], build: Callable[[dict[str, Any]], Any], parameters: int) -> _Part:
         self.used.update(wanted.name for wanted in tensors.values())
         nbytes = self.checkpoint.total_bytes(wanted.name for wanted in tensors.values())
         self.parts.append(_Part(key, tensors, build, nbytes, parameters))
@@ -133,9 +132,7 @@ class _Plan:
             self.refuse(name, f"shape {list(info.shape)}, expected {list(shape)}, as {self.config.path.name} says")
         if info.dtype not in upload.FLOAT_DTYPES:
             path = self.checkpoint.file(name).path
-            raise UnsupportedError(
-                f"{path}: tensor {name!r}: dtype {info.dtype}, expected float16, bfloat16 or float32"
-            )
+            raise UnsupportedError(f"{path}: tensor {name!r}: dtype {info.dtype}, expected float16, bfloat16 or float32")
 
     def refuse(self, name: str, what: str) -> None:
         raise FormatError(f"{self.checkpoint.file(name).path}: tensor {name!r}: {what}")
@@ -264,9 +261,7 @@ def _load(config: ModelConfig, checkpoint: Checkpoint, xp: Any, activations: np.
 
 def _rope_tables(config: ModelConfig, xp: Any) -> tuple[Any, Any]:
     try:
-        return rope_tables(
-            config.head_dim, config.max_seq_len, theta=config.rope_theta, scaling=config.rope_scaling, xp=xp
-        )
+        return rope_tables(config.head_dim, config.max_seq_len, theta=config.rope_theta, scaling=config.rope_scaling, xp=xp)
     except (FormatError, UnsupportedError) as error:
         raise type(error)(f"{config.path}: {error}") from None
 
@@ -346,7 +341,8 @@ def _compile_kernels(model: Model) -> None:
             model.forward(np.zeros(min(seq, capacity), np.int32), cache)
         # A step behind many keys, which attention spreads over several blocks and then combines.
         cache.truncate(min(cache.length, capacity - 1))
-        model.forward([0], cache)
+        logits = model.forward([0], cache)
+        sample(logits.reshape(1, -1))
         model.forward(np.zeros(capacity, np.int32))
     if wanted:
         _kernels.compile_all([instance for instance, _ in wanted], wanted[0][1])

@@ -134,9 +134,7 @@ class _Stager:
         self.device_id = cupy.cuda.runtime.getDevice()
         self.stream = cupy.cuda.Stream(non_blocking=True)
         # The views hold the pinned memory.
-        self.buffers = [
-            np.frombuffer(cupy.cuda.alloc_pinned_memory(BUFFER_BYTES), np.uint8, BUFFER_BYTES) for _ in range(2)
-        ]
+        self.buffers = [np.frombuffer(cupy.cuda.alloc_pinned_memory(BUFFER_BYTES), np.uint8, BUFFER_BYTES) for _ in range(2)]
         self.events = [cupy.cuda.Event(disable_timing=True) for _ in range(2)]
         self.current = self.used = 0
         self.threads = min(8, os.cpu_count() or 1)

@@ -13,9 +13,7 @@ def float64(array):
 def vector_width(columns, *arrays, widest=4):
     """The most values one access can take in every array: their rows and first addresses must be multiples of it."""
     width = widest
-    while width > 1 and (
-        columns % width or any(a is not None and byte_bounds(a)[0] % (width * a.itemsize) for a in arrays)
-    ):
+    while width > 1 and (columns % width or any(a is not None and byte_bounds(a)[0] % (width * a.itemsize) for a in arrays)):
         width //= 2
     return width
 

@@ -1,5 +1,6 @@
 """Unquantised products, by cuBLAS."""
 
+import math
 import sys
 
 import numpy as np
@@ -15,7 +16,8 @@ def matmul(x, weight, *, transpose=False, bias=None, dtype=None, out=None):
 
     x [..., k]; weight [k, n], or [n, k] with transpose=True as checkpoints store linear layers; both float16, bfloat16 or
     float32 and equal; bias [n] of any of these. y [..., n] has x's dtype, or float32 with dtype=float32. fp32 accumulation
-    (no TF32) and one rounding, the bias added before it. `out` must not overlap the inputs.
+    (no TF32) and one rounding; on the GPU the bias is rounded to y's dtype, then the product is accumulated onto it.
+    `out` must not overlap the inputs.
     Raises TypeError / ValueError for wrong dtypes, shapes, strides.
     """
     xp = namespace(x=x, weight=weight, bias=bias)
@@ -23,6 +25,8 @@ def matmul(x, weight, *, transpose=False, bias=None, dtype=None, out=None):
     check(weight, "weight", dtype=x.dtype, ndim=2)
     k, n = weight.shape[::-1] if transpose else weight.shape
     check(x, "x", last=k)
+    if k == 0:
+        raise ValueError(f"weight has no rows to multiply by, its shape is {weight.shape}")
     if bias is not None:
         check(bias, "bias", dtype=FLOATS, shape=(n,))
     out = output(xp, out, (*x.shape[:-1], n), x.dtype if dtype is None else np.dtype(dtype))
@@ -35,14 +39,19 @@ def matmul(x, weight, *, transpose=False, bias=None, dtype=None, out=None):
     if xp is np:
         out[...] = matmul_reference(x, weight, transpose, bias)
     else:
-        gemm(x.reshape(-1, k), weight, out.reshape(-1, n), transpose=transpose, bias=bias)
+        rows = math.prod(x.shape[:-1])
+        gemm(x.reshape(rows, k), weight, out.reshape(rows, n), transpose=transpose, bias=bias)
     return out
 
 
 def matmul_reference(x, weight, transpose, bias):
-    weight = float64(weight)
-    y = float64(x) @ (weight.T if transpose else weight)
-    return y if bias is None else y + float64(bias)
+    weight = float64(weight).T if transpose else float64(weight)
+    # One 2-D product: BLAS takes it whole, where NumPy would multiply the matrices of a stack one by one.
+    rows = math.prod(x.shape[:-1])
+    y = float64(x).reshape(rows, x.shape[-1]) @ weight
+    if bias is not None:
+        y += float64(bias)
+    return y.reshape(*x.shape[:-1], weight.shape[1])
 
 
 # cublasDataType / cublasComputeType values, from cublas_api.h and library_types.h
@@ -63,7 +72,7 @@ def gemm(x, weight, out, *, transpose=False, first_column=0, bias=None):
     columns = weight.shape[0] if transpose else weight.shape[1]
     target = out.data.ptr + first_column * out.itemsize
     beta = _ZERO
-    if bias is not None and k:
+    if bias is not None:
         _launch_fill_rows(bias, out, first_column, columns)
         beta = _ONE
     with x.device:
