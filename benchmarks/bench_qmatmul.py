@@ -25,10 +25,20 @@ SHAPES = ("4096x4096", "4096x6144", "14336x4096", "4096x28672", "8192x28672", "2
 COLD_BYTES = 400 * 2**20
 
 
-def random_matrix(k, n, bits, group, seed, has_perm=True):
+def random_matrix(k, n, bits, group, seed, has_perm=True, is_gptq=False):
     """A QMatrix of random codes, made on the GPU: timing needs no meaningful weights, only valid ones."""
     rng = cupy.random.default_rng(seed)
     groups = k // group
+    if is_gptq:
+        order = np.random.default_rng(seed).permutation(k) if has_perm else np.arange(k)
+        return QMatrix.from_tensors(
+            {
+                "qweight": rng.integers(0, 2**32, (k * bits // 32, n), dtype=np.uint32).view(np.int32),
+                "qzeros": rng.integers(0, 2**32, (groups, n * bits // 32), dtype=np.uint32).view(np.int32),
+                "scales": (rng.random((groups, n), np.float32) / 100).astype(np.float16),
+                "g_idx": (order // group).astype(np.int32),
+            }
+        )
     words = group * bits // 32
     table = np.stack([np.full(groups, bits), np.arange(groups) * words], axis=1).astype(np.int16).reshape(-1)
     exl2_layout(table, groups * words, n)
@@ -120,6 +130,7 @@ def main():
     parser.add_argument("--group", type=int, default=128)
     parser.add_argument("--configs", action="store_true", help="time every sensible QmatmulConfig and print the best")
     parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--gptq", action="store_true", help="GPTQ matrices instead of EXL2")
     parser.add_argument("--no-perm", action="store_true", help="matrices without activation order")
     options = parser.parse_args()
 
@@ -133,7 +144,8 @@ def main():
         for bits in map(int, options.bits.split(",")):
             moved = k * n * bits / 8 + k // options.group * n * 2
             matrices = [
-                random_matrix(k, n, bits, options.group, seed, not options.no_perm) for seed in range(copies(int(moved)))
+                random_matrix(k, n, bits, options.group, seed, not options.no_perm, options.gptq)
+                for seed in range(copies(int(moved)))
             ]
             for rows in map(int, options.rows.split(",")):
                 x = cupy.asarray(np.random.default_rng(0).standard_normal((rows, k)).astype(np.float16))

@@ -249,8 +249,8 @@ def _bad_calls(xp):
         "kv_lengths shape": (ValueError, "kv_lengths must have shape", (q, k, k), {"kv_lengths": lengths[:1]}),
         "out dtype": (TypeError, "out must have dtype", (q, k, k), {"out": zeros(2, 3, 4, 16, dtype=np.float32)}),
         "out shape": (ValueError, "out must have shape", (q, k, k), {"out": k}),
-        "out is k": (ValueError, "out shares memory with k", (q, same, zeros(2, 3, 4, 16)), {"out": same}),
-        "out is v": (ValueError, "out shares memory with v", (q, zeros(2, 3, 4, 16), same), {"out": same}),
+        "out is k": (ValueError, "out overlaps k", (q, same, zeros(2, 3, 4, 16)), {"out": same}),
+        "out is v": (ValueError, "out overlaps v", (q, zeros(2, 3, 4, 16), same), {"out": same}),
         "workspace dtype": (TypeError, "workspace must have dtype float32", (q, k, k), {"workspace": lengths}),
         "workspace shape": (ValueError, "workspace must have 1 dim", (q, k, k), {"workspace": floats}),
     }

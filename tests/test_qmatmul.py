@@ -399,3 +399,41 @@ def test_infinities_and_nans_travel(cupy):
     nonzero = weight[7] != 0
     assert np.isinf(y[1][nonzero]).all() and np.isnan(y[1][~nonzero]).all()
     assert np.isfinite(y[2]).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [3, 100])  # the fused kernel, and dequantising for cuBLAS
+def test_torch_in_torch_out_on_a_stream_of_its_own(rows, cupy):
+    """The input is made behind a wait: work on any other stream would read zeros."""
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(15)
+    tensors = random_exl2(rng, (5, 4), n=64)
+    q = QMatrix.from_tensors({key: torch.from_numpy(value.copy()).cuda() for key, value in tensors.items()})
+    x = rng.standard_normal((rows, q.k)).astype(np.float16)
+    ready, late = torch.from_numpy(x).cuda(), torch.zeros(x.shape, dtype=torch.float16, device="cuda")
+    qmatmul(ready, q)  # compiled and loaded
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(200_000_000)
+        late.copy_(ready)
+        y = qmatmul(late, q)
+        was_pending = not stream.query()
+    stream.synchronize()
+    assert was_pending, "the wait ended before the launch: the test shows nothing"
+    assert type(y) is torch.Tensor and y.dtype == torch.float16 and y.device == late.device
+    check_product(y.cpu().numpy(), x, exl2.dequantize_exl2(tensors))
+
+
+@pytest.mark.gpu
+def test_jax_in_jax_out_on_another_stream(cupy):
+    jax = pytest.importorskip("jax")
+    rng = np.random.default_rng(16)
+    tensors = random_exl2(rng, (6, 3), n=64)
+    device = jax.devices("gpu")[0]
+    q = QMatrix.from_tensors({key: jax.device_put(value, device) for key, value in tensors.items()})
+    x = rng.standard_normal((5, q.k)).astype(np.float16)
+    with cupy.cuda.Stream(non_blocking=True):
+        y = qmatmul(jax.device_put(x, device) * 1, q) * 1  # queued on JAX's own stream before and after
+    assert isinstance(y, jax.Array) and y.dtype == np.float16 and y.devices() == {device}
+    check_product(np.asarray(y), x, exl2.dequantize_exl2(tensors))

@@ -391,10 +391,10 @@ def test_no_stray_words():
 
 
 def test_every_test_file_has_something_to_test():
-    """test_<name>.py belongs to a module, a kernel or a folder of the package, or to the repository itself."""
+    """test_<name>.py belongs to a module, a kernel or a folder of the package, to the examples, or to the repository itself."""
     stems = {path.stem.lstrip("_") for path in PACKAGE.rglob("*")}
     tests = {path.stem.removeprefix("test_") for path in (ROOT / "tests").glob("test_*.py")}
-    assert tests - stems - {"repo"} == set()
+    assert tests - stems - {"repo", "examples"} == set()
 
 
 # --- packaging --------------------------------------------------------------------------------------------------------

@@ -15,6 +15,8 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
     from tokenizers import Tokenizer
 
     path = Path(folder) / "tokenizer.json"
+    if not path.parent.is_dir():
+        raise FormatError(f"{path.parent}: no such folder; name the folder that holds the model's config.json")
     if not path.is_file():
         raise FormatError(
             f"{path}: missing; copy it from the original model, or pass token ids (--tokens 1,2,3) instead of text"

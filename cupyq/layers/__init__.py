@@ -7,5 +7,6 @@ from cupyq.layers.linear import Linear
 from cupyq.layers.mlp import MLP
 from cupyq.layers.moe import MoE
 from cupyq.layers.norm import RMSNorm
+from cupyq.ops.qmatrix import QMatrix
 
-__all__ = ["MLP", "Attention", "DecoderLayer", "KVCache", "Linear", "MoE", "RMSNorm", "Step"]
+__all__ = ["MLP", "Attention", "DecoderLayer", "KVCache", "Linear", "MoE", "QMatrix", "RMSNorm", "Step"]

@@ -27,6 +27,8 @@ def refuse_overlap(written, name, **inputs):
     """Raise ValueError where `written` shares any memory with an input: for ops that cannot work in place."""
     low, high = byte_bounds(written)
     for other, array in inputs.items():
+        if array is None:
+            continue
         start, end = byte_bounds(array)
         if start < high and low < end:
             raise ValueError(f"{name} overlaps {other}, which is still read: pass separate memory")

@@ -9,7 +9,6 @@ from cupyq._arrays import (
     FLOATS,
     accepts_dlpack,
     bfloat16,
-    byte_bounds,
     check,
     float16,
     float32,
@@ -19,7 +18,7 @@ from cupyq._arrays import (
     refuse_partial_overlap,
 )
 from cupyq._kernels import instance, launch
-from cupyq.ops._common import float64, vector_width
+from cupyq.ops._common import float64, refuse_overlap, vector_width
 
 
 @accepts_dlpack
@@ -90,8 +89,7 @@ def attention(
         check(workspace, "workspace", dtype=float32, ndim=1, writes=True)
     out = output(xp, out, q.shape, q.dtype)
     refuse_partial_overlap(out, q=q)
-    for name, array in (("k", k), ("v", v), ("kv_lengths", kv_lengths), ("workspace", workspace)):
-        _refuse_overlap(out, name, array)
+    refuse_overlap(out, "out", k=k, v=v, kv_lengths=kv_lengths, workspace=workspace)
     if q.size == 0:
         return out
     if xp is np:
@@ -124,14 +122,6 @@ def _positive(value, name):
     if not 0 < value < np.inf:
         raise ValueError(f"{name} must be a positive finite number, got {value}")
     return value
-
-
-def _refuse_overlap(out, name, array):
-    if array is not None:
-        low, high = byte_bounds(out)
-        start, end = byte_bounds(array)
-        if start < high and low < end:
-            raise ValueError(f"out shares memory with {name}, which is read while out is written: pass separate memory")
 
 
 _REFERENCE_SCORES = 1 << 22

@@ -5,9 +5,9 @@ import sys
 
 import numpy as np
 
-from cupyq._arrays import FLOATS, accepts_dlpack, bfloat16, check, float16, float32, namespace, output, refuse_partial_overlap
+from cupyq._arrays import FLOATS, accepts_dlpack, bfloat16, check, float16, float32, namespace, output
 from cupyq._kernels import instance, launch
-from cupyq.ops._common import float64
+from cupyq.ops._common import float64, refuse_overlap, store
 
 
 @accepts_dlpack
@@ -31,13 +31,11 @@ def matmul(x, weight, *, transpose=False, bias=None, dtype=None, out=None):
         check(bias, "bias", dtype=FLOATS, shape=(n,))
     out = output(xp, out, (*x.shape[:-1], n), x.dtype if dtype is None else np.dtype(dtype))
     check(out, "out", dtype=(x.dtype, float32))
-    refuse_partial_overlap(out, x=x, weight=weight, bias=bias)
-    if out is x or out is weight or out is bias:
-        raise ValueError("out must not be one of the inputs")
+    refuse_overlap(out, "out", x=x, weight=weight, bias=bias)
     if out.size == 0:
         return out
     if xp is np:
-        out[...] = matmul_reference(x, weight, transpose, bias)
+        store(out, matmul_reference(x, weight, transpose, bias))
     else:
         rows = math.prod(x.shape[:-1])
         gemm(x.reshape(rows, k), weight, out.reshape(rows, n), transpose=transpose, bias=bias)

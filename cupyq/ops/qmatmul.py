@@ -15,11 +15,10 @@ from cupyq._arrays import (
     float32,
     namespace,
     output,
-    refuse_partial_overlap,
 )
 from cupyq._kernels import instance, launch
 from cupyq.formats.tiles import TILE, WIDTHS_IN_ORDER
-from cupyq.ops._common import float64
+from cupyq.ops._common import float64, refuse_overlap, store
 from cupyq.ops.matmul import gemm
 from cupyq.ops.qmatrix import QMatrix
 
@@ -45,13 +44,11 @@ def qmatmul(x, q, *, dtype=None, out=None, workspace=None):
     check(x, "x", dtype=(float16, bfloat16, float32) if xp is np else (float16, bfloat16), last=q.k)
     out = output(xp, out, (*x.shape[:-1], q.n), x.dtype if dtype is None else np.dtype(dtype))
     check(out, "out", dtype=(x.dtype, float32))
-    refuse_partial_overlap(out, x=x)
-    if out is x or x.size == 0:
-        if out is x:
-            raise ValueError("out must not be x: every element of y needs a whole row of x")
+    refuse_overlap(out, "out", x=x)
+    if x.size == 0:
         return out
     if xp is np:
-        out[...] = qmatmul_reference(x, q)
+        store(out, qmatmul_reference(x, q))
     else:
         _launch_qmatmul(x, q, out, workspace)
     return out
@@ -146,6 +143,7 @@ def _launch_fused(x, q, out, m, workspace, config):
             raise ValueError(f"workspace must have {needed} float32 values for {m} rows, got {workspace.size}")
         if byte_bounds(workspace)[0] % 16:
             raise ValueError("workspace must begin at a multiple of 16 bytes: pass a whole array, not a slice from its middle")
+        refuse_overlap(workspace, "workspace", x=x, out=out)
         arrived, workspace = workspace[:counters], workspace[counters:]
     if _is_gathered(x, q):
         x = _launch_gather(x, q, workspace[partials : partials + gathered], m)
