@@ -66,8 +66,10 @@ def verify(q, x):
 def time_qmatmul(matrices, x, config=None):
     rows = x.shape[0]
     out = cupy.empty((rows, matrices[0].n), np.float16)
-    size = 1 + family.qmatmul_workspace_size(matrices[0], min(rows, family.FUSED_ROWS))
-    workspace = cupy.zeros(size * 16, np.float32)
+    size = family.qmatmul_workspace_size(matrices[0], min(rows, family.FUSED_ROWS))
+    if config is not None:
+        size = family._COUNTERS + sum(family._workspace_parts(matrices[0], rows, config))
+    workspace = cupy.zeros(size, np.float32)
 
     def run():
         for q in matrices:

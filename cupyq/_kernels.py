@@ -270,28 +270,32 @@ def launch(wanted, grid, block, arguments, shared_bytes=0):
     if cupy is None or device_id is None:
         raise TypeError(f"{wanted}: no array among the arguments")
     arch = _device.info(device_id).arch
-    if device_id == cupy.cuda.runtime.getDevice():
-        _launch_here(wanted, arch, grid, block, tuple(checked), shared_bytes)
+    if _trace is not None:
+        _trace.append((wanted, arch))
+    elif device_id == cupy.cuda.runtime.getDevice():
+        _launch_here(wanted, arch, device_id, grid, block, tuple(checked), shared_bytes)
     else:
         with cupy.cuda.Device(device_id):
-            _launch_here(wanted, arch, grid, block, tuple(checked), shared_bytes)
+            _launch_here(wanted, arch, device_id, grid, block, tuple(checked), shared_bytes)
 
 
 _NULL = np.uint64(0)
 
 
-def _launch_here(wanted, arch, grid, block, arguments, shared_bytes):
-    if _trace is not None:
-        _trace.append((wanted, arch))
-        return
-    function = _function(wanted, arch, shared_bytes > 48 * 1024)
-    if shared_bytes > 48 * 1024 and function.max_dynamic_shared_size_bytes < shared_bytes:
+_shared_allowed: dict[tuple[Instance, int], int] = {}  # (instance, device) -> dynamic shared memory it may ask for
+
+
+def _launch_here(wanted, arch, device_id, grid, block, arguments, shared_bytes):
+    function = _function(wanted, arch)
+    # Without being asked, the driver allows 48 KiB, of which a kernel's static arrays take their share.
+    if shared_bytes > _shared_allowed.get((wanted, device_id), 0):
         function.max_dynamic_shared_size_bytes = shared_bytes
+        _shared_allowed[wanted, device_id] = shared_bytes
     function(grid, block, arguments, shared_mem=shared_bytes)
 
 
 @functools.cache
-def _function(wanted, arch, has_large_shared):
+def _function(wanted, arch):
     # RawModule loads lazily and once per device, so one object serves every GPU of this architecture.
     code_path, lowered = compiled(wanted, arch)
     return _arrays.require_cupy().RawModule(path=str(code_path)).get_function(lowered)
@@ -300,3 +304,4 @@ def _function(wanted, arch, has_large_shared):
 def forget_loaded():
     """Drop the kernels loaded by this process (the disk cache stays): for tests and for timing cold starts."""
     _function.cache_clear()
+    _shared_allowed.clear()

@@ -1,5 +1,7 @@
 """Quantized matrices: tiles, reconstruct and qmatmul, against the formats, recorded outputs of exllamav2 and float64."""
 
+import importlib
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -8,6 +10,8 @@ from conftest import exact_bound, golden
 from cupyq import FormatError, QMatrix
 from cupyq.formats import exl2, gptq, tiles
 from cupyq.ops.qmatmul import FUSED_ROWS, pick_config, qmatmul, qmatmul_workspace_size, reconstruct
+
+module = importlib.import_module("cupyq.ops.qmatmul")  # the op of the same name hides the module
 
 ULP = {np.dtype(np.float16): 2**-11, np.dtype(ml_dtypes.bfloat16): 2**-8}
 
@@ -353,6 +357,16 @@ def test_workspace_is_left_as_found_and_capture_works(cupy):
     for _ in range(3):
         for rows, expected in plain.items():
             np.testing.assert_array_equal(qmatmul(x[:rows], q, workspace=workspace).get(), expected)
+    # Other shapes may use it in between: more columns, too few blocks to be sliced.
+    others = [random_exl2(rng, (4,), n=2048, group_blocks=16), random_exl2(rng, (3,), n=4096, group_blocks=1)]
+    others = [QMatrix.from_tensors(to_gpu(cupy, tensors)) for tensors in others]
+    shared = cupy.zeros(max(qmatmul_workspace_size(matrix, 64) for matrix in (q, *others)), np.float32)
+    assert len({pick_config(8, m.n, m.tiles.layout.blocks, 132).slices > 1 for m in (q, *others)}) == 2
+    for _ in range(2):
+        for matrix in (q, *others):
+            inputs = cupy.asarray(rng.standard_normal((8, matrix.k)).astype(np.float16))
+            expected = qmatmul(inputs, matrix).get()
+            np.testing.assert_array_equal(qmatmul(inputs, matrix, workspace=shared).get(), expected)
     out = cupy.empty((1, q.n), np.float16)
     stream = cupy.cuda.Stream(non_blocking=True)
     stream.use()
@@ -437,3 +451,19 @@ def test_jax_in_jax_out_on_another_stream(cupy):
         y = qmatmul(jax.device_put(x, device) * 1, q) * 1  # queued on JAX's own stream before and after
     assert isinstance(y, jax.Array) and y.dtype == np.float16 and y.devices() == {device}
     check_product(np.asarray(y), x, exl2.dequantize_exl2(tensors))
+
+
+@pytest.mark.gpu
+def test_any_shape_of_thread_block_gives_the_product(cupy):
+    """2 x 4 warps and 64 rows hand over exactly 48 KiB, which a static variable beside them must not push over the limit."""
+    rng = np.random.default_rng(17)
+    tensors = random_exl2(rng, (4,), n=200, group_blocks=8)
+    q = QMatrix.from_tensors(to_gpu(cupy, tensors))
+    weight = exl2.dequantize_exl2(tensors)
+    for rows, m_tiles, warps_n, warps_k, slices in ((64, 8, 2, 4, 1), (64, 8, 1, 8, 2), (9, 2, 8, 1, 3), (1, 1, 4, 4, 4)):
+        slice_blocks = -(-q.tiles.layout.blocks // slices)
+        config = module.QmatmulConfig(m_tiles, warps_n, warps_k, slices, slice_blocks, min(slice_blocks, 5))
+        x = rng.standard_normal((rows, q.k)).astype(np.float16)
+        out = cupy.full((rows, q.n), np.nan, np.float16)
+        module._launch_fused(cupy.asarray(x), q, out, rows, None, config)
+        check_product(out.get(), x, weight)

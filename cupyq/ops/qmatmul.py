@@ -34,8 +34,9 @@ def qmatmul(x, q, *, dtype=None, out=None, workspace=None):
     Few rows: fused kernel, in which each block's fp32 sum is multiplied by its scale (weights are not rounded to fp16 first:
     about 2e-4 norm-wise from, and nearer the exact product than, the definition in `reconstruct`). Many rows: the weights are
     reconstructed in x's dtype and multiplied by cuBLAS.
-    `workspace`: float32 array of at least `qmatmul_workspace_size(q, rows)` values, zero when first used; the op leaves its
-    counters zero. With out and workspace given and few rows, nothing is allocated and the op can be captured in a graph.
+    `workspace`: float32 array of at least `qmatmul_workspace_size(q, rows)` values, zero when first used; it may serve any
+    products one after the other, as its counters are zero again after each. With out and workspace given and few rows,
+    nothing is allocated and the op can be captured in a graph.
     Raises TypeError / ValueError for wrong dtypes, shapes, strides, devices.
     """
     if not isinstance(q, QMatrix):
@@ -99,20 +100,22 @@ def qmatmul_workspace_size(q, rows):
     """float32 values of `workspace` that qmatmul needs for up to `rows` rows; 0 on NumPy."""
     if q.xp is np or rows > FUSED_ROWS:
         return 0
-    return max(sum(_workspace_parts(q, m, _config(q, m))) for m in {min(m, rows) for m in (1, 8, 16, 32, 64)})
+    return _COUNTERS + max(sum(_workspace_parts(q, m, _config(q, m))) for m in {min(m, rows) for m in (1, 8, 16, 32, 64)})
 
 
 def _config(q, m):
     return pick_config(m, q.n, q.tiles.layout.blocks, _device.current().sm_count)
 
 
+_COUNTERS = 1024
+"""Counters at the start of every workspace, one per thread block of a slice. Always so many, whatever the product, so that one
+workspace serves products of any shapes in turn: a sliced product has at most as many column blocks as there are SMs."""
+
+
 def _workspace_parts(q, m, config):
-    """(counters, partial sums, gathered x), in 4-byte values; the first two are for a product that is sliced."""
-    gathered = m * q.tiles.layout.blocks * TILE // 2
-    if config.slices == 1:
-        return 0, 0, gathered
-    counters = -(-q.n // (TILE * config.warps_n)) * -(-m // (8 * config.m_tiles))
-    return -(-counters // 32) * 32, config.slices * m * q.tiles.layout.padded_n, gathered
+    """(partial sums, gathered x) behind the counters, in 4-byte values; only a sliced product has partial sums."""
+    padded_n, blocks = q.tiles.layout.padded_n, q.tiles.layout.blocks
+    return config.slices * m * padded_n if config.slices > 1 else 0, m * blocks * TILE // 2
 
 
 def _is_gathered(x, q):
@@ -133,18 +136,19 @@ def _launch_qmatmul(x, q, out, workspace):
 
 def _launch_fused(x, q, out, m, workspace, config):
     tiles, layout, xp = q.tiles, q.tiles.layout, q.xp
-    counters, partials, gathered = _workspace_parts(q, m, config)
+    partials, gathered = _workspace_parts(q, m, config)
     if workspace is None:
-        arrived, workspace = xp.zeros(counters, np.uint32), xp.empty(partials + gathered, np.float32)
+        arrived = xp.zeros(_COUNTERS, np.uint32) if partials else None
+        workspace = xp.empty(partials + gathered, np.float32)
     else:
         check(workspace, "workspace", dtype=float32, ndim=1)
-        needed = counters + partials + gathered
+        needed = _COUNTERS + partials + gathered
         if workspace.size < needed:
             raise ValueError(f"workspace must have {needed} float32 values for {m} rows, got {workspace.size}")
         if byte_bounds(workspace)[0] % 16:
             raise ValueError("workspace must begin at a multiple of 16 bytes: pass a whole array, not a slice from its middle")
         refuse_overlap(workspace, "workspace", x=x, out=out)
-        arrived, workspace = workspace[:counters], workspace[counters:]
+        arrived, workspace = workspace[:_COUNTERS], workspace[_COUNTERS:]
     if _is_gathered(x, q):
         x = _launch_gather(x, q, workspace[partials : partials + gathered], m)
     grid = (-(-layout.column_tiles // config.warps_n), config.slices, -(-m // (8 * config.m_tiles)))
