@@ -15,7 +15,7 @@ from unittest import mock
 
 import cupy
 import numpy as np
-from common import cublas_tflops, graph_microseconds, read_gigabytes_per_s, torch_or_none
+from common import cublas_tflops, graph_microseconds, read_gigabytes_per_s, torch_graph_microseconds, torch_or_none
 
 from cupyq import _device
 
@@ -77,23 +77,10 @@ def time_torch(q, caches):
             torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=is_causal, enable_gqa=True)
 
     try:
-        run()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            run()
+        return torch_graph_microseconds(torch, run) / len(caches)
     except (RuntimeError, TypeError) as error:
         print(f"torch: {error}", file=sys.stderr)
         return None
-    times = []
-    for _ in range(12):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(1000 * start.elapsed_time(end))
-    return float(np.median(times)) / len(caches)
 
 
 def best_config(q, caches):

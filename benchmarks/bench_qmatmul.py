@@ -13,10 +13,16 @@ import sys
 
 import cupy
 import numpy as np
-from common import cublas_tflops, eager_microseconds, graph_microseconds, read_gigabytes_per_s, torch_or_none
+from common import (
+    cublas_tflops,
+    eager_microseconds,
+    graph_microseconds,
+    read_gigabytes_per_s,
+    torch_graph_microseconds,
+    torch_or_none,
+)
 
 from cupyq import QMatrix, _device
-from cupyq.formats.exl2 import exl2_layout
 from cupyq.ops.matmul import gemm
 
 family = importlib.import_module("cupyq.ops.qmatmul")  # the op of the same name hides the module
@@ -41,7 +47,6 @@ def random_matrix(k, n, bits, group, seed, has_perm=True, is_gptq=False):
         )
     words = group * bits // 32
     table = np.stack([np.full(groups, bits), np.arange(groups) * words], axis=1).astype(np.int16).reshape(-1)
-    exl2_layout(table, groups * words, n)
     random_words = lambda *shape: rng.integers(0, 2**32, shape, dtype=np.uint32).view(np.int32)  # noqa: E731
     return QMatrix.from_tensors(
         {
@@ -100,21 +105,8 @@ def time_torch_int4(k, n, rows):
         ]
         scales = torch.rand(k // 128, n, 2, device="cuda", dtype=torch.bfloat16)
         x = torch.rand(rows, k, device="cuda", dtype=torch.bfloat16)
-        call = lambda: [torch._weight_int4pack_mm(x, w, 128, scales) for w in packed]  # noqa: E731
-        call()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            call()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        times = []
-        for _ in range(12):
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end))
-        return 1000 * sorted(times)[len(times) // 2] / len(packed)
+        run = lambda: [torch._weight_int4pack_mm(x, w, 128, scales) for w in packed]  # noqa: E731
+        return torch_graph_microseconds(torch, run) / len(packed)
     except (RuntimeError, AttributeError) as error:
         print(f"torch int4: {error}", file=sys.stderr)
         return None

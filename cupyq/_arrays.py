@@ -179,17 +179,30 @@ def accepts_dlpack(op=None, *, writes=("out", "workspace")):
 
 
 def _call_with_foreign(op, arguments, writes):
+    framework = _framework(next(filter(_is_foreign, arguments.values())))
+    with native(arguments, writes) as converted:
+        originals = {id(converted[name]): value for name, value in arguments.items() if _is_foreign(value)}
+        return _export(op(**converted), framework, originals)
+
+
+@contextlib.contextmanager
+def native(arguments, writes=()):
+    """The arguments (a dict) with foreign arrays as NumPy or CuPy views, for work within this context.
+
+    There, CuPy's current device and stream are the caller's, and foreign arrays live until what is queued has read them.
+    """
     foreign = {name: value for name, value in arguments.items() if _is_foreign(value)}
+    if not foreign:
+        yield arguments
+        return
     framework = _framework(next(iter(foreign.values())))
     with _caller_stream(framework, foreign):
         converted = dict(arguments)
         for name, value in foreign.items():
             converted[name] = _import(value, name, writes=name in writes)
-        result = op(**converted)
+        yield converted
         if framework != "torch":
             _hold_until_done(converted, foreign)
-        originals = {id(converted[name]): value for name, value in foreign.items()}
-        return _export(result, framework, originals)
 
 
 def _framework(array):

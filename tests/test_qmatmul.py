@@ -467,3 +467,37 @@ def test_any_shape_of_thread_block_gives_the_product(cupy):
         out = cupy.full((rows, q.n), np.nan, np.float16)
         module._launch_fused(cupy.asarray(x), q, out, rows, None, config)
         check_product(out.get(), x, weight)
+
+
+@pytest.mark.gpu
+def test_a_matrix_of_torch_tensors_is_built_on_torchs_stream(cupy):
+    """Repacked elsewhere, it could be read by torch's next product before it is written."""
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(18)
+    tensors = random_exl2(rng, (4,), n=64)
+    given = {key: torch.from_numpy(value.copy()) for key, value in tensors.items()}
+    given |= {key: given[key].cuda() for key in ("q_weight", "q_scale")}
+    QMatrix.from_tensors(given)  # compiled and loaded
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(200_000_000)
+        q = QMatrix.from_tensors(given)
+        was_pending, is_elsewhere = not stream.query(), not cupy.cuda.Stream.null.done
+    stream.synchronize()
+    assert was_pending, "the wait ended before the launch: the test shows nothing"
+    assert not is_elsewhere
+    np.testing.assert_array_equal(reconstruct(q).get().view(np.uint16), exl2.dequantize_exl2(tensors).view(np.uint16))
+
+
+@pytest.mark.gpu
+def test_bfloat16_scales_of_torch_are_taken(cupy):
+    torch = pytest.importorskip("torch")
+    tensors = random_gptq(np.random.default_rng(19), 4, k=64, n=32, groups=2)
+    tensors["scales"] = tensors["scales"].astype(ml_dtypes.bfloat16)
+    exact = gptq.dequantize_gptq(tensors)
+    given = {key: torch.from_numpy(value.copy()) for key, value in tensors.items() if key != "scales"}
+    given["scales"] = torch.from_numpy(tensors["scales"].view(np.int16).copy()).view(torch.bfloat16)
+    for device in ("cpu", "cuda"):
+        q = QMatrix.from_tensors({key: value.to(device) for key, value in given.items()})
+        np.testing.assert_array_equal(on_host(reconstruct(q)).view(np.uint16), exact.view(np.uint16))

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from cupyq._arrays import float16, is_cupy, require_cupy
+from cupyq._arrays import float16, is_cupy, native, require_cupy
 from cupyq._kernels import instance, launch
 from cupyq.errors import FormatError
 from cupyq.formats import exl2, gptq, tiles
@@ -64,17 +64,17 @@ class QMatrix:
         """
         if not isinstance(tensors, dict):
             raise TypeError(f"tensors must be a dict of checkpoint tensors, got {type(tensors).__name__}")
-        tensors = {key: _native(value, key) for key, value in tensors.items() if value is not None}
-        if bias is not None:
-            tensors["bias"] = _native(bias, "bias")
-        if "q_weight" in tensors:
-            if group_size is not None or bits is not None:
-                raise ValueError("group_size and bits are for GPTQ tensors, and these are EXL2 (q_weight)")
-            return _from_exl2(tensors, float(prescale), name)
-        if "qweight" in tensors:
-            if prescale != 1.0:
-                raise ValueError(f"prescale is for EXL2 tensors, and these are GPTQ (qweight): got {prescale}")
-            return _from_gptq(tensors, dict(bits=bits, group_size=group_size, zeros=zeros, name=name))
+        named = tensors if bias is None else tensors | {"bias": bias}
+        with native({key: value for key, value in named.items() if value is not None}) as arrays:
+            tensors = {key: _placed(array, key) for key, array in arrays.items()}
+            if "q_weight" in tensors:
+                if group_size is not None or bits is not None:
+                    raise ValueError("group_size and bits are for GPTQ tensors, and these are EXL2 (q_weight)")
+                return _from_exl2(tensors, float(prescale), name)
+            if "qweight" in tensors:
+                if prescale != 1.0:
+                    raise ValueError(f"prescale is for EXL2 tensors, and these are GPTQ (qweight): got {prescale}")
+                return _from_gptq(tensors, dict(bits=bits, group_size=group_size, zeros=zeros, name=name))
         where = f"{name}: " if name else ""
         raise FormatError(
             f"{where}neither EXL2 (q_weight, ...) nor GPTQ (qweight, ...) tensors, found {sorted(tensors) or 'none'}"
@@ -97,14 +97,10 @@ class QMatrix:
 _SMALL_TABLES = ("q_groups", "q_invperm", "q_perm", "g_idx", "q_scale_max")
 
 
-def _native(value, name):
-    if isinstance(value, np.ndarray) or is_cupy(value):
-        array = value
-    elif hasattr(value, "__dlpack__"):
-        on_cpu = value.__dlpack_device__()[0] in (1, 3)
-        array = np.from_dlpack(value) if on_cpu else require_cupy().from_dlpack(value)
-    else:
-        raise TypeError(f"{name} must be an array, got {type(value).__name__}")
+def _placed(array, name):
+    """The array after its checks; small tables, whose values are looked at, as NumPy arrays."""
+    if not (isinstance(array, np.ndarray) or is_cupy(array)):
+        raise TypeError(f"{name} must be an array, got {type(array).__name__}")
     if is_cupy(array) and name in _SMALL_TABLES:
         return array.get()
     if not array.flags.c_contiguous:
