@@ -73,7 +73,7 @@ def time_qmatmul(matrices, x, config=None):
     out = cupy.empty((rows, matrices[0].n), np.float16)
     size = family.qmatmul_workspace_size(matrices[0], min(rows, family.FUSED_ROWS))
     if config is not None:
-        size = family._COUNTERS + sum(family._workspace_parts(matrices[0], rows, config))
+        size = family.COUNTERS + sum(family._workspace_parts(matrices[0], rows, config))
     workspace = cupy.zeros(size, np.float32)
 
     def run():

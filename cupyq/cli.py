@@ -17,6 +17,7 @@ examples:
   cupyq inspect MODEL                                     sizes and bits of every layer
   cupyq generate MODEL --prompt "Once upon a time"        text, as it is made
   cupyq generate MODEL --tokens 1,15043 --greedy --json   token ids in and out, for scripts
+  cupyq generate MODEL --prompt "Dear" --lora STYLE=0.8   with a LoRA adapter, a PEFT folder
   cupyq perplexity MODEL --text val.txt --reference FP16  what quantizing cost
   cupyq compile --arch sm_80 sm_90a                       fill the kernel cache, also without a GPU
 
@@ -75,6 +76,36 @@ def build_parser():
         "--top-p", type=float, metavar="P", help="keep the most likely tokens that reach probability P; default 0.8"
     )
     sub.add_argument("--min-p", type=float, metavar="P", help="keep tokens at least P times as likely as the first; default 0")
+    # These are off by default; what each does in full: cupyq.ops.penalties.penalize, cupyq.ops.sampling.sample.
+    for option, value, help in (
+        ("--repetition-penalty", "R", "divide the logits of tokens said before by R, multiply negative ones; 1 is off"),
+        ("--frequency-penalty", "F", "subtract F for each time a token was said"),
+        ("--presence-penalty", "F", "subtract F from tokens said before"),
+        ("--dry-multiplier", "M", "DRY: subtract M * 1.75^(n - 2) from what would repeat n or more tokens once more"),
+        ("--smoothing-factor", "S", "quadratic smoothing of the logits by S"),
+        ("--tfs", "Z", "tail-free sampling: cut where the curve of probabilities has bent by the share Z"),
+        ("--typical", "P", "keep the tokens of most typical surprise that reach probability P"),
+        ("--mirostat-tau", "T", "mirostat: keep to a surprise of T bits"),
+        ("--xtc-probability", "P", "XTC: with probability P, leave out the likely tokens but for the last of them"),
+        ("--xtc-threshold", "P", "XTC: tokens of probability P are likely; default 0.1"),
+        ("--skew", "S", "above 0 favours unlikely tokens, below 0 likely ones"),
+    ):
+        sub.add_argument(option, type=float, metavar=value, help=help)
+    sub.add_argument(
+        "--dynamic-temperature",
+        type=float,
+        nargs=2,
+        metavar=("MIN", "MAX"),
+        help="a second temperature, after the filters, between MIN and MAX by the entropy",
+    )
+    sub.add_argument(
+        "--lora",
+        action="append",
+        type=_adapter,
+        default=[],
+        metavar="FOLDER[=W]",
+        help="a LoRA adapter, a PEFT folder, its delta multiplied by W; may be given again",
+    )
     sub.add_argument(
         "--seed", type=_whole(0), metavar="S", help="the same seed gives the same text; default: a new one each time"
     )
@@ -111,6 +142,17 @@ def _token_list(text):
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected ids separated by commas, as in 1,2,3, got {text!r}") from None
+
+
+def _adapter(text):
+    """(folder, weight) of FOLDER or FOLDER=WEIGHT; a folder whose own name ends in =WEIGHT goes first."""
+    folder, separator, weight = text.rpartition("=")
+    if not separator or os.path.isdir(text):
+        return text, 1.0
+    try:
+        return folder, float(weight)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected FOLDER or FOLDER=WEIGHT, got {text!r}") from None
 
 
 def main(argv=None):
@@ -203,16 +245,20 @@ def _load(path, backend):
 def _generate(arguments):
     from cupyq.generate import SamplerSettings, StreamDecoder, encode, generate, load_tokenizer
     from cupyq.generate.generator import check_ids
+    from cupyq.generate.text import with_special_tokens
 
     settings = _sampler_settings(arguments, SamplerSettings)
     tokenizer = None
     # Before the weights: a missing tokenizer should not take a minute to be noticed.
     if arguments.prompt is not None or os.path.isfile(os.path.join(arguments.model, "tokenizer.json")):
         tokenizer = load_tokenizer(arguments.model)
+        settings = with_special_tokens(settings, tokenizer)
     prompt = arguments.tokens if arguments.prompt is None else encode(tokenizer, arguments.prompt)
     if not prompt:
         raise ValueError("--prompt: no tokens, expected some text")
     model = _load(arguments.model, arguments.backend)
+    # Folders of adapters are often called the same: their paths are not.
+    adapters = {model.load_adapter(folder, name=folder): weight for folder, weight in arguments.lora}
 
     prompt = check_ids(prompt, model.config.vocab_size, "--tokens" if arguments.prompt is None else "--prompt")
     limit = model.config.max_seq_len
@@ -229,7 +275,13 @@ def _generate(arguments):
         show(f"{'' if not pieces else ','}{token}" if decoder is None else decoder.add(token))
 
     result = generate(
-        model, prompt, max_new_tokens=wanted, settings=settings, stop_ids=model.config.eos_token_ids, on_token=on_token
+        model,
+        prompt,
+        max_new_tokens=wanted,
+        settings=settings,
+        stop_ids=model.config.eos_token_ids,
+        adapters=adapters or None,
+        on_token=on_token,
     )
     if decoder is not None:
         show(decoder.finish())
@@ -253,18 +305,29 @@ def _generate(arguments):
     }, 0
 
 
+_FILTERS = ("temperature", "top_k", "top_p", "min_p", "smoothing_factor", "tfs", "typical", "mirostat_tau", "xtc_probability",
+            "xtc_threshold", "skew", "dynamic_temperature")  # fmt: skip
+_PENALTIES = ("repetition_penalty", "frequency_penalty", "presence_penalty", "dry_multiplier")
+
+
 def _sampler_settings(arguments, settings):
-    given = {
-        name: getattr(arguments, name)
-        for name in ("temperature", "top_k", "top_p", "min_p", "seed")
-        if getattr(arguments, name) is not None
-    }
+    import dataclasses
+
+    named = {name: getattr(arguments, name) for name in (*_FILTERS, *_PENALTIES, "seed")}
+    given = {name: value for name, value in named.items() if value is not None}
+    filters = [name for name in given if name in _FILTERS]
+    if arguments.greedy and filters:
+        raise ValueError(f"--greedy and --{filters[0].replace('_', '-')} exclude each other: leave one out")
+    if "dynamic_temperature" in given:
+        given["min_temp"], given["max_temp"] = given.pop("dynamic_temperature")
+        if not given["min_temp"] < given["max_temp"]:
+            raise ValueError(
+                f"--dynamic-temperature: MIN {given['min_temp']:g} must be below MAX {given['max_temp']:g}: exchange them"
+            )
     if not arguments.greedy:
         return settings(**given)
     given.pop("seed", None)  # harmless: greedy draws nothing
-    if given:
-        raise ValueError(f"--greedy and --{next(iter(given)).replace('_', '-')} exclude each other: leave one out")
-    return settings.greedy()
+    return dataclasses.replace(settings.greedy(), **given)
 
 
 def _speed(tokens_per_s):

@@ -159,7 +159,26 @@ def write_receipt(path, counts):
     Path(path).write_text(json.dumps(receipt, indent=1) + "\n")
 
 
+def _golden_table(reporter):
+    """Lines of what test_golden.py found: the worst error of each recorded case, here and in exllamav2."""
+    cases = {}  # (case, measure) -> {library: error}
+    for report in (report for category in ("passed", "failed") for report in reporter.stats.get(category, ())):
+        for name, value in getattr(report, "user_properties", ()):
+            if name == "golden":
+                case, measure, library, ours, theirs = value
+                cases.setdefault((case, measure), {}).update({library: ours, "exllamav2": theirs})
+    if not cases:
+        return
+    columns = ("numpy", "cupy", "exllamav2")
+    yield f"{'recorded case':<36}{'worst error':<34}" + "".join(f"{name:>12}" for name in columns)
+    for (case, measure), errors in cases.items():
+        numbers = (errors.get(name) for name in columns)
+        yield f"{case:<36}{measure:<34}" + "".join(f"{'' if e is None else f'{e:.3g}':>12}" for e in numbers)
+
+
 def pytest_terminal_summary(terminalreporter, exitstatus, config):
+    for line in _golden_table(terminalreporter):
+        terminalreporter.write_line(line)
     if path := config.getoption("--gpu-receipt"):
         counts = _gpu_counts(terminalreporter)
         if reason := _why_no_receipt(config, exitstatus, config.stash.get(_COLLECTED, 0), counts):

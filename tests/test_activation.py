@@ -1,4 +1,4 @@
-"""silu_mul, gelu_mul, gelu and softcap: references against math and recorded outputs, kernels against float64."""
+"""Activations, alone and times up, and softcap: references against math and recorded outputs, kernels against float64."""
 
 import math
 
@@ -20,7 +20,7 @@ from kernel_checks import (
     unwritten,
 )
 
-from cupyq.ops.activation import gelu, gelu_mul, silu_mul, softcap
+from cupyq.ops.activation import gelu, gelu_mul, relu, relu_mul, silu, silu_mul, softcap
 
 
 def silu_of(x):
@@ -35,12 +35,19 @@ def gelu_erf_of(x):
     return x * math.erfc(-x / math.sqrt(2)) / 2
 
 
+def relu_of(x):
+    return 0.0 if x < 0 else x
+
+
 def cap_of(x):
     return 5 * math.tanh(x / 5)
 
 
 # name -> (op of x and up, gated?, the scalar function)
 OPS = {
+    "silu": (lambda x, up, **o: silu(x, **o), False, silu_of),
+    "relu": (lambda x, up, **o: relu(x, **o), False, relu_of),
+    "relu_mul": (lambda x, up, **o: relu_mul(x, up, **o), True, relu_of),
     "silu_mul": (lambda x, up, **o: silu_mul(x, up, **o), True, silu_of),
     "gelu_mul": (lambda x, up, **o: gelu_mul(x, up, **o), True, gelu_tanh_of),
     "gelu_mul none": (lambda x, up, **o: gelu_mul(x, up, approximate="none", **o), True, gelu_erf_of),
@@ -61,6 +68,8 @@ def in_float32(name, x, up):
     v = x.astype(np.float32)
     if name.startswith("silu"):
         y = v / (1 + np.exp(-v))
+    elif name.startswith("relu"):
+        y = np.maximum(v, np.float32(0))
     elif name == "softcap":
         y = np.float32(5) * np.tanh(v / np.float32(5))
     elif name.endswith("none"):
@@ -103,9 +112,29 @@ def test_inf_and_nan(library):
             if name == "softcap":
                 np.testing.assert_array_equal(y[[0, 1, 5, 6, 7]], [5, -5, 5, -5, -5])
             else:
-                assert y[0] == np.inf and np.isnan(y[1]) and y[5] == float(host(x)[5]) and abs(y[6]) < 1e-30, name
+                assert y[0] == np.inf and y[1] == 0 and y[5] == float(host(x)[5]) and abs(y[6]) < 1e-30, name
                 assert abs(y[7]) < 1e-30, name
+                # -Inf is the limit of what goes before it; times up it follows IEEE's rules for a zero.
+                lowest = move(library, np.array([np.finfo(np.float32).min], np.float32))
+                if dtype == float32:
+                    assert host(op(lowest, ones[:1]))[0] == 0, name
         assert np.isinf(host(silu_mul(x, x)).astype(np.float64)[5]) == (dtype == float16)  # 60000^2 needs more range
+        infinite = move(library, np.full(8, np.inf, np.float32).astype(dtype))
+        for op in (silu_mul, gelu_mul, relu_mul):
+            y = host(op(x, infinite)).astype(np.float64)
+            assert y[0] == y[5] == np.inf and np.isnan(y[1:5]).all(), op
+
+
+@on_both
+def test_relu_is_exact(library):
+    """Nothing is rounded, and the sign of zero stays."""
+    for dtype in FLOATS:
+        x = random(3, 4099, dtype, 100.0)
+        x[:2] = [-0.0, np.finfo(dtype).tiny if dtype != FLOATS[1] else 1e-38]
+        expected = np.array([relu_of(v) for v in x.astype(np.float64).tolist()]).astype(dtype)
+        assert same_bits(host(relu(move(library, x))), expected)
+        ones = np.ones(x.shape, dtype)
+        assert same_bits(host(relu_mul(move(library, x), move(library, ones))), expected)
 
 
 @pytest.mark.parametrize("dtype", [float16, float32], ids=lambda d: d.name)
@@ -114,6 +143,9 @@ def test_bound_rejects_wrong_formulas(dtype):
     wrong = {
         "gelu": [in_float64("silu_mul", x, np.ones_like(up)), in_float64("gelu", np.roll(x, 1), up)],
         "silu_mul": [in_float64("silu_mul", a, b) for a, b in ((up, x), (x, np.roll(up, 1)))],
+        "silu": [in_float64("gelu", x, up), in_float64("silu_mul", x, up), in_float64("relu", x, up)],
+        "relu": [x.astype(np.float64), np.abs(x.astype(np.float64)), in_float64("silu", x, up)],
+        "relu_mul": [in_float64("relu_mul", a, b) for a, b in ((up, x), (x, np.roll(up, 1)))],
         "softcap": [x.astype(np.float64), 5.01 * np.tanh(x.astype(np.float64) / 5.01)],
     }
     if dtype == float32:  # the two forms differ by less than float16 can tell
@@ -182,6 +214,9 @@ REFUSED = {
     "out shape": (ValueError, "out must have shape", lambda m: gelu(m(E8), out=m(np.ones(8, np.float16)))),
     "approximate": (ValueError, "approximate must be", lambda m: gelu(m(E8), approximate="sigmoid")),
     "approximate mul": (ValueError, "approximate must be", lambda m: gelu_mul(m(E8), m(E8), approximate=None)),
+    "x dtype": (TypeError, "x must have dtype", lambda m: relu(m(E8.astype(np.float64)))),
+    "silu out": (ValueError, "out must have shape", lambda m: silu(m(E8), out=m(np.ones((3, 8), np.float16)))),
+    "relu up": (ValueError, "up must have shape", lambda m: relu_mul(m(E8), m(E8[:1]))),
     "cap 0": (ValueError, "cap must be a positive", lambda m: softcap(m(E8), 0.0)),
     "cap nan": (ValueError, "cap must be a positive", lambda m: softcap(m(E8), math.nan)),
     "cap inf": (ValueError, "cap must be a positive", lambda m: softcap(m(E8), math.inf)),
@@ -199,4 +234,5 @@ def test_refusals(case, library):
 
 
 def test_float32_stays_float32():
-    assert gelu(np.ones(3, np.float32)).dtype == float32
+    for op in (silu, gelu, relu):
+        assert op(np.ones(3, np.float32)).dtype == float32

@@ -11,6 +11,7 @@ from conftest import ROOT
 
 from cupyq import _device, _kernels, cli, doctor
 from cupyq.cli import main
+from cupyq.generate import SamplerSettings
 from cupyq.ops import norm
 
 MODELS = ROOT / "examples/models"
@@ -231,6 +232,44 @@ def test_without_a_number_of_tokens_the_context_is_filled_but_not_passed(run_jso
     assert 1 <= len(result["tokens"]) <= 5
 
 
+EVERY_FILTER = "--smoothing-factor 0.1 --tfs 0.99 --typical 0.95 --mirostat-tau 4 --xtc-probability 0.5 --xtc-threshold 0.2"
+EVERY_FILTER += " --skew 0.1 --dynamic-temperature 0.5 1.5"
+EVERY_PENALTY = "--repetition-penalty 1.3 --frequency-penalty 0.2 --presence-penalty 0.3 --dry-multiplier 0.8"
+
+
+def test_the_sampler_s_options(run_json):
+    def tokens(options):
+        arguments = ["generate", EXL2, "--prompt", "ROMEO:", "--max-new-tokens", "16", "--backend", "numpy"]
+        return run_json(*arguments, *options.split())[0]["tokens"]
+
+    plain = tokens("--seed 3")
+    assert tokens(f"--seed 3 {EVERY_FILTER}") == tokens(f"--seed 3 {EVERY_FILTER}") != plain
+    assert tokens(f"--seed 3 {EVERY_PENALTY}") != plain
+    assert tokens("--seed 3 --repetition-penalty 1") == plain
+    greedy = tokens("--greedy")
+    assert tokens("--greedy --repetition-penalty 3") not in (greedy, plain)
+
+
+def test_the_sampler_s_options_reach_the_settings():
+    arguments = ["generate", "MODEL", "--tokens", "1", *EVERY_FILTER.split(), *EVERY_PENALTY.split()]
+    settings = cli._sampler_settings(cli.build_parser().parse_args(arguments), SamplerSettings)
+    assert settings == SamplerSettings(
+        smoothing_factor=0.1,
+        tfs=0.99,
+        typical=0.95,
+        mirostat_tau=4.0,
+        xtc_probability=0.5,
+        xtc_threshold=0.2,
+        skew=0.1,
+        min_temp=0.5,
+        max_temp=1.5,
+        repetition_penalty=1.3,
+        frequency_penalty=0.2,
+        presence_penalty=0.3,
+        dry_multiplier=0.8,
+    )
+
+
 # --- perplexity -------------------------------------------------------------------------------------------------------
 
 
@@ -324,6 +363,11 @@ def test_compile_into_an_unwritable_folder(two_kernels, refused, monkeypatch, tm
         (["generate", EXL2, "--tokens", "5", "--top-k", "-1"], "expected 0 or more"),
         (["generate", EXL2, "--tokens", "5", "--seed", "4294967296"], "seed must be"),
         (["generate", EXL2, "--tokens", "5", "--greedy", "--top-k", "5"], "--greedy and --top-k exclude each other"),
+        (["generate", EXL2, "--tokens", "5", "--greedy", "--skew", "1"], "--greedy and --skew exclude each other"),
+        (["generate", EXL2, "--tokens", "5", "--typical", "2"], "typical must be from 0 to 1"),
+        (["generate", EXL2, "--tokens", "5", "--repetition-penalty", "0"], "repetition_penalty must be above 0"),
+        (["generate", EXL2, "--tokens", "5", "--dynamic-temperature", "2", "1"], "MIN 2 must be below MAX 1"),
+        (["generate", EXL2, "--tokens", "5", "--dynamic-temperature", "2"], "expected 2 arguments"),
         (["generate", EXL2, "--tokens", "5", "--backend", "torch"], "invalid choice: 'torch'"),
         (["perplexity", EXL2], "required: --text"),
         (["perplexity", EXL2, "--text", "/nowhere/val.txt"], "/nowhere/val.txt: No such file or directory"),

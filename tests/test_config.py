@@ -302,7 +302,7 @@ def test_more_experts_per_token_than_experts(read):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"hidden_act": "relu"}, "hidden_act: 'relu' is not supported"),
+        ({"hidden_act": "mish"}, "hidden_act: 'mish' is not supported"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling.type: 'dynamic' is not supported"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: 0.5 is not supported"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "rope_parameters.partial_rotary_factor: 0.5"),

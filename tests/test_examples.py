@@ -29,7 +29,7 @@ def largest_error(text):
 
 def test_every_example_is_run_here():
     names = {path.stem for path in EXAMPLES.glob("*.py")}
-    assert names == {"ops_numpy", "ops_torch", "ops_jax", "inspect_checkpoint", "demo"}
+    assert names == {"ops_numpy", "ops_torch", "ops_jax", "torch_quant_linear", "inspect_checkpoint", "lora", "demo"}
 
 
 def test_ops_numpy(tmp_path):
@@ -38,7 +38,9 @@ def test_ops_numpy(tmp_path):
     assert largest_error(text) < 2e-3
 
 
-@pytest.mark.parametrize(("name", "framework"), [("ops_torch", "PyTorch"), ("ops_jax", "JAX")])
+@pytest.mark.parametrize(
+    ("name", "framework"), [("ops_torch", "PyTorch"), ("torch_quant_linear", "PyTorch"), ("ops_jax", "JAX")]
+)
 def test_without_the_framework_a_line_says_so(name, framework, tmp_path):
     script = (
         "import runpy, sys; sys.modules['torch'] = sys.modules['jax'] = None;"  # makes the imports fail
@@ -56,6 +58,13 @@ def test_inspect_checkpoint(tmp_path):
     assert text.count("exl2") == 29 and "3,407,872 quantized weights, 2.845 bits each" in text
     text = run("inspect_checkpoint", tmp_path, str(EXAMPLES / "models/shakespeare-gptq-g32"))
     assert text.count("gptq") == 28 and "3,145,728 quantized weights" in text
+
+
+def test_lora(tmp_path):
+    text = run("lora", tmp_path, "--backend", "numpy")
+    without, adapted = re.findall(r"^(?:no adapter|ranting) +(ROMEO:.*)$", text, re.MULTILINE)
+    assert without != adapted and "alone, the adapter gives the same tokens" in text
+    assert not list(tmp_path.iterdir())  # its adapter lay in a temporary folder
 
 
 def perplexities(text):

@@ -10,6 +10,10 @@ from conftest import ROOT
 
 from cupyq.errors import FormatError
 from cupyq.generate import SamplerSettings, StreamDecoder, encode, generate, load_tokenizer
+from cupyq.generate.sampler import Sampler
+from cupyq.generate.text import with_special_tokens
+from cupyq.ops.penalties import penalize
+from cupyq.ops.sampling import sample
 
 MODELS = ROOT / "examples/models"
 
@@ -147,7 +151,11 @@ def test_logits_without_a_number_are_an_error_not_a_token():
 
 
 def test_defaults_are_those_of_exllamav2():
-    assert dataclasses.astuple(SamplerSettings()) == (0.8, 50, 0.8, 0.0, None)
+    settings = SamplerSettings()
+    assert dataclasses.astuple(settings)[:5] == (0.8, 50, 0.8, 0.0, None)
+    assert not settings.looks_back and not settings.token_bias and not settings.temperature_last
+    off = ("smoothing_factor", "top_a", "tfs", "typical", "mirostat_tau", "max_temp", "xtc_probability", "skew")
+    assert [name for name in off if getattr(settings, name) != 0] == []
     assert SamplerSettings.greedy().is_greedy and not SamplerSettings().is_greedy
     assert SamplerSettings(temperature=0).is_greedy and SamplerSettings(top_k=1).is_greedy
 
@@ -170,11 +178,155 @@ def test_defaults_are_those_of_exllamav2():
         ("seed", -1, ValueError),
         ("seed", 1 << 32, ValueError),
         ("seed", 0.5, TypeError),
+        ("repetition_penalty", 0, ValueError),
+        ("frequency_penalty", float("inf"), ValueError),
+        ("presence_penalty", "1", TypeError),
+        ("repetition_range", -2, ValueError),
+        ("repetition_decay", 1.5, TypeError),
+        ("dry_multiplier", -1, ValueError),
+        ("dry_base", 0.5, ValueError),
+        ("dry_allowed_length", 0, ValueError),
+        ("dry_max_ngram", 0, ValueError),
+        ("dry_range", -1, ValueError),
+        ("dry_breakers", (3, -1), ValueError),
+        ("dry_breakers", ["x"], ValueError),
+        ("token_bias", [1], TypeError),
+        ("token_bias", {1: float("nan")}, ValueError),
+        ("token_bias", {1: float("inf")}, ValueError),
+        ("token_bias", {1: "x"}, ValueError),
+        ("token_bias", {-1: 0.5}, ValueError),
+        ("smoothing_factor", -1, ValueError),
+        ("top_a", -0.5, ValueError),
+        ("tfs", 1.5, ValueError),
+        ("typical", float("nan"), ValueError),
+        ("mirostat_tau", -1, ValueError),
+        ("mirostat_eta", None, TypeError),
+        ("min_temp", -1, ValueError),
+        ("max_temp", 1e7, ValueError),
+        ("temp_exponent", -1, ValueError),
+        ("temperature_last", 1, TypeError),
+        ("xtc_probability", 1.5, ValueError),
+        ("xtc_threshold", -1, ValueError),
+        ("xtc_protected", (True,), ValueError),
+        ("skew", 101, ValueError),
     ],
 )
 def test_settings_out_of_range_are_refused(name, value, error):
-    with pytest.raises(error, match=f"^{name} must be"):
+    with pytest.raises(error, match=f"^{name} must (be|hold|add)"):
         SamplerSettings(**{name: value})
+
+
+EVERYTHING = SamplerSettings(
+    temperature=1.5,
+    top_k=40,
+    top_p=0.99,
+    seed=5,
+    repetition_penalty=1.2,
+    frequency_penalty=0.05,
+    presence_penalty=0.1,
+    repetition_range=20,
+    repetition_decay=10,
+    dry_multiplier=0.5,
+    dry_allowed_length=1,
+    dry_breakers=(3, 4),
+    token_bias={7: 1.0, 9: float("-inf")},
+    smoothing_factor=0.3,
+    top_a=0.01,
+    tfs=0.99,
+    typical=0.97,
+    mirostat_tau=4.0,
+    mirostat_eta=0.2,
+    max_temp=2.0,
+    xtc_probability=0.5,
+    xtc_threshold=0.05,
+    xtc_protected=(2,),
+    skew=0.1,
+)
+
+
+def by_hand(model, prompt, count):
+    """EVERYTHING, by calls of the two ops, with a history that starts anew at every step."""
+    tokens, cache, mu = list(prompt), model.new_cache(capacity=64), np.float32([8.0])
+    breakers, protected = np.zeros(50, bool), np.zeros(50, bool)
+    breakers[[3, 4]], protected[2] = True, True
+    for step in range(count):
+        ids = np.array([tokens if step == 0 else tokens[-1:]], np.int32)
+        logits = penalize(
+            model.forward(ids, cache, last_only=True)[:, -1],
+            np.array([tokens]),
+            repetition=1.2,
+            frequency=0.05,
+            presence=0.1,
+            sustain=20,
+            decay=10,
+            dry_multiplier=0.5,
+            dry_allowed_length=1,
+            dry_breakers=breakers,
+            bias=np.where(np.arange(50) == 7, 1, np.where(np.arange(50) == 9, -np.inf, 0)).astype(np.float32),
+        )
+        names = ("top_k", "top_p", "top_a", "tfs", "typical", "mirostat_tau", "mirostat_eta", "max_temp", "xtc_probability")
+        settings = {name: getattr(EVERYTHING, name) for name in (*names, "xtc_threshold", "skew", "temperature", "seed")}
+        tokens += sample(logits, **settings, smoothing=0.3, step=step, mirostat_mu=mu, xtc_mask=~protected).tolist()
+    return tokens[len(prompt) :]
+
+
+def test_every_setting_reaches_the_ops():
+    class Noisy(FakeModel):
+        def forward(self, ids, cache=None, *, last_only=False):
+            logits = super().forward(ids, cache, last_only=last_only)
+            return logits + np.random.default_rng(cache.length).normal(0, 1, logits.shape).astype(np.float32)
+
+    prompt = [4, 7, 9, 4, 7]
+    expected = by_hand(Noisy(spread=2.0), prompt, 40)
+    assert len(set(expected)) > 8 and 9 not in expected
+    assert generate(Noisy(spread=2.0), prompt, max_new_tokens=40, settings=EVERYTHING).tokens == expected
+    changes = {"dry_multiplier": 9.0, "presence_penalty": 1.0, "token_bias": {}, "repetition_range": 2, "skew": 0.5}
+    changes |= {"mirostat_eta": 0.5, "xtc_protected": (), "smoothing_factor": 0.5, "max_temp": 1.1, "typical": 0.8}
+    for name, value in changes.items():
+        other = dataclasses.replace(EVERYTHING, **{name: value})
+        assert generate(Noisy(spread=2.0), prompt, max_new_tokens=40, settings=other).tokens != expected, name
+
+
+def test_the_temperature_can_come_last():
+    row = np.log(np.float32([[0.5, 0.3, 0.15, 0.05]]))
+    for last, kept in [(False, {0, 1, 2}), (True, {0, 1})]:  # after the temperature, top-p needs three tokens
+        settings = SamplerSettings(temperature=3.0, top_k=0, top_p=0.75, temperature_last=last)
+        draws = {int(Sampler(settings, np, 4, [0], 9, seed).draw(row.copy(), 0)[0]) for seed in range(200)}
+        assert draws == kept
+    assert Sampler(SamplerSettings(temperature=0, temperature_last=True), np, 4, [0], 9, 1).draw(row, 0)[0] == 0
+
+
+def test_greedy_text_can_be_kept_from_repeating():
+    class Stuck(FakeModel):
+        def follower(self, token, position):
+            return 8
+
+    run = generate(Stuck(spread=2.0), [1], max_new_tokens=5, settings=SamplerSettings.greedy())
+    assert run.tokens == [8] * 5
+    settings = dataclasses.replace(SamplerSettings.greedy(), presence_penalty=3.0)
+    run = generate(Stuck(spread=2.0), [1], max_new_tokens=4, settings=settings)
+    assert run.tokens == [8, 0, 2, 3]  # 1 was said by the prompt
+    settings = dataclasses.replace(SamplerSettings.greedy(), token_bias={8: float("-inf"), 30: 0.5})
+    assert generate(Stuck(spread=2.0), [1], max_new_tokens=3, settings=settings).tokens == [30] * 3
+
+
+@pytest.mark.parametrize("name", ["token_bias", "dry_breakers", "xtc_protected"])
+def test_ids_beyond_the_vocabulary_are_refused(name):
+    settings = SamplerSettings(dry_multiplier=1.0, xtc_probability=1.0, **{name: {50: 1.0} if name == "token_bias" else (50,)})
+    with pytest.raises(ValueError, match=f"{name}: token 50, expected 0 to 49"):
+        generate(FakeModel(), [1], max_new_tokens=8, settings=settings)
+
+
+def test_breakers_and_protected_tokens_come_from_the_tokenizer(byte_level):
+    given = SamplerSettings(dry_multiplier=1.0, xtc_probability=0.5)
+    settings = with_special_tokens(given, byte_level)
+    special = [index for index, token in byte_level.get_added_tokens_decoder().items() if token.special]
+    (newline,), (comma,), (letter,) = (encode(byte_level, text, special=False) for text in ("\n", ",", "x"))
+    assert {newline, comma, *special} <= set(settings.dry_breakers) and letter not in settings.dry_breakers
+    assert {newline, *special} <= set(settings.xtc_protected) and not {comma, letter} & set(settings.xtc_protected)
+    own = dataclasses.replace(given, dry_breakers=(5,), xtc_protected=(6,))
+    assert with_special_tokens(own, byte_level) == own
+    assert with_special_tokens(SamplerSettings(), byte_level) == SamplerSettings()
 
 
 # --- text -------------------------------------------------------------------------------------------------------------
@@ -317,3 +469,15 @@ def test_sampled_tokens_repeat_on_the_gpu():
     model = load_model(MODELS / "shakespeare-exl2-4.0", backend="cupy")
     runs = [generate(model, [32, 200, 200], max_new_tokens=64, settings=SamplerSettings(seed=11)).tokens for _ in range(2)]
     assert runs[0] == runs[1] and len(runs[0]) > 0
+
+
+@pytest.mark.gpu
+def test_every_setting_works_on_the_gpu(cupy):
+    """The same logits give the same tokens: what is drawn on the GPU is what NumPy draws."""
+    random = np.random.default_rng(6)
+    logits = random.normal(0, 2, (30, 1, 50)).astype(np.float32)
+    drawn = []
+    for xp in (np, cupy):
+        sampler = Sampler(EVERYTHING, xp, 50, [4, 7, 9, 4, 7], 60, 3)
+        drawn.append([int(sampler.draw(xp.array(row), step)[0]) for step, row in enumerate(logits)])
+    assert drawn[0] == drawn[1] and len(set(drawn[0])) > 8

@@ -86,7 +86,7 @@ def layers(draw):
     k, n = 32 * draw(st.integers(1, 5)), 32 * draw(st.integers(1, 2))
     groups = draw(st.integers(1, 7))
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
-    version = draw(st.sampled_from(["v1", "v2"]))
+    version = draw(st.sampled_from(["v1", "v2", "v1-wrapped"]))
     zeros = rng.integers(0, 2**bits, (groups, n)) + (version == "v1")
     dtype = draw(st.sampled_from([np.float16, np.float32, ml_dtypes.bfloat16]))
     scales = (rng.standard_normal((groups, n)) * draw(st.sampled_from([1, 2.0**-12, 2.0**-20]))).astype(dtype)
@@ -110,7 +110,8 @@ def test_round_trip_and_loop(layer):
     found_codes, found_zeros = unpack_gptq(tensors, layout, zeros=version)
     np.testing.assert_array_equal(found_codes, codes)
     np.testing.assert_array_equal(found_zeros, zeros)
-    expected = dequantize_by_loop(tensors, bits, row_group, stored_below=1 if version == "v1" else 0)
+    below, wrap = int(version != "v2"), version == "v1-wrapped"
+    expected = dequantize_by_loop(tensors, bits, row_group, stored_below=below, wrap=wrap)
     assert same_bits(dequantize_gptq(tensors, zeros=version), expected)
 
 
@@ -190,7 +191,9 @@ def test_largest_v1_zero_is_not_wrapped(bits):
     assert (tensors["qzeros"] == -1).all()
     weights = dequantize_gptq(tensors)
     np.testing.assert_array_equal(weights, codes - 2**bits)
-    assert not np.array_equal(weights, dequantize_by_loop(tensors, bits, [0] * 32, wrap=True))
+    wrapped = dequantize_by_loop(tensors, bits, [0] * 32, wrap=True)
+    assert not np.array_equal(weights, wrapped)
+    np.testing.assert_array_equal(dequantize_gptq(tensors, zeros="v1-wrapped"), wrapped)
     np.testing.assert_array_equal(dequantize_gptq(tensors, zeros="v2"), codes - (2**bits - 1))
 
 

@@ -5,8 +5,9 @@ import math
 import ml_dtypes
 import numpy as np
 import pytest
+from conftest import exact_bound, golden
 
-from cupyq.ops.matmul import matmul, matmul_reference
+from cupyq.ops.matmul import gemm, matmul, matmul_reference
 
 ULP = {np.dtype(np.float16): 2**-11, np.dtype(ml_dtypes.bfloat16): 2**-8, np.dtype(np.float32): 2**-23}
 DTYPES = list(ULP)
@@ -116,3 +117,87 @@ def test_many_rows(cupy):
     x, weight = random(rng, np.float16, 100_003, 64), random(rng, np.float16, 8, 64)
     y = matmul(cupy.asarray(x), cupy.asarray(weight), transpose=True, bias=cupy.zeros(8, np.float16)).get()
     check_product(y, x, weight, True, np.zeros(8, np.float16))
+
+
+# --- gemm -------------------------------------------------------------------------------------------------------------
+
+GEMM_CASES = [case for case in golden("element") if case.startswith("gemm_")]
+
+
+@pytest.mark.parametrize("alpha, beta", [(1.0, 0.0), (1.0, 1.0), (-0.75, 2.5), (0.0, 1.0)])
+def test_gemm_is_the_plain_sum(alpha, beta):
+    rng = np.random.default_rng(1)
+    a, b, c = random(rng, np.float32, 3, 17), random(rng, np.float32, 17, 5), random(rng, np.float32, 3, 5)
+    before = c.copy()
+    assert gemm(a, b, c, alpha=alpha, beta=beta) is c
+    for i, j in np.ndindex(3, 5):
+        exact = alpha * math.fsum(float(x) * float(y) for x, y in zip(a[i], b[:, j], strict=True)) + beta * float(before[i, j])
+        assert abs(c[i, j] - exact) <= 2**-23 * abs(exact) + 1e-12
+
+
+def check_gemm_golden(case, place):
+    inputs, outputs, arguments = golden("element")[case]
+    a, b, before = inputs["a"], inputs["b"], inputs["c"]
+    c = gemm(place(a), place(b), place(before.copy()), **arguments)
+    c = c if isinstance(c, np.ndarray) else c.get()
+    exact = arguments["alpha"] * (a.astype(np.float64) @ b.astype(np.float64)) + arguments["beta"] * before.astype(np.float64)
+    size = np.linalg.norm(exact)
+    assert np.linalg.norm(c - exact) / size <= min(np.linalg.norm(outputs["c"] - exact) / size, 5e-4)
+
+
+@pytest.mark.parametrize("case", GEMM_CASES)
+def test_gemm_is_nearer_to_the_exact_product_than_the_recorded_one(case):
+    check_gemm_golden(case, np.asarray)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", GEMM_CASES)
+def test_gemm_is_nearer_to_the_exact_product_than_the_recorded_one_on_the_gpu(cupy, case):
+    check_gemm_golden(case, cupy.asarray)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gemm_kernel_matches_the_reference(cupy, dtype):
+    rng = np.random.default_rng(2)
+    for m, k, n in ((1, 1, 1), (1, 300, 7), (5, 33, 129), (70, 64, 65)):
+        for alpha, beta in ((1.0, 0.0), (0.5, -2.0), (0.0, 3.0)):
+            a, b, c = (random(rng, dtype, *shape) for shape in ((m, k), (k, n), (m, n)))
+            exact = alpha * (a.astype(np.float64) @ b.astype(np.float64)) + beta * c.astype(np.float64)
+            reference = alpha * (a @ b).astype(np.float32) + beta * c.astype(np.float32)
+            start = np.full_like(c, np.nan) if beta == 0 else c
+            results = [
+                gemm(cupy.asarray(a), cupy.asarray(b), cupy.asarray(start), alpha=alpha, beta=beta).get() for _ in range(2)
+            ]
+            assert results[0].tobytes() == results[1].tobytes()
+            exact_bound(results[0], exact, reference.astype(dtype), ulp=ULP[dtype])
+
+
+def bad_gemm_calls(xp):
+    a, b, c = xp.zeros((2, 8), np.float16), xp.zeros((8, 4), np.float16), xp.zeros((2, 4), np.float16)
+    return [
+        (TypeError, "b must have dtype float16", lambda: gemm(a, b.astype(np.float32), c)),
+        (ValueError, "b must have shape", lambda: gemm(a, b[:4], c)),
+        (ValueError, "c must have shape", lambda: gemm(a, b, c[:1])),
+        (TypeError, "alpha must be a number", lambda: gemm(a, b, c, alpha="1")),
+        (TypeError, "beta must be a number", lambda: gemm(a, b, c, beta=None)),
+        (ValueError, "no columns", lambda: gemm(a[:, :0].copy(), b[:0], c)),
+        (ValueError, "c overlaps b", lambda: gemm(xp.zeros((8, 8), np.float16), b, b)),
+    ]
+
+
+def test_bad_gemm_calls_get_clear_errors():
+    for error, text, call in bad_gemm_calls(np):
+        with pytest.raises(error, match=text):
+            call()
+    read_only = np.zeros((2, 4), np.float16)
+    read_only.flags.writeable = False
+    with pytest.raises(ValueError, match="c is read-only"):
+        gemm(np.zeros((2, 8), np.float16), np.zeros((8, 4), np.float16), read_only)
+
+
+@pytest.mark.gpu
+def test_bad_gemm_calls_get_clear_errors_on_the_gpu(cupy):
+    for error, text, call in bad_gemm_calls(cupy):
+        with pytest.raises(error, match=text):
+            call()

@@ -269,7 +269,7 @@ def test_a_wrong_row_of_the_table_is_noticed(monkeypatch, case):
 
 def drop_head_norms(model):
     for layer in model.layers:
-        layer.attention.q_norm = None
+        layer.attention.q_norm = layer.attention.k_norm = None
 
 
 def drop_post_norms(model):
@@ -387,7 +387,7 @@ def test_padded_columns_of_the_head_are_cut(tmp_path, vocab):
     head = dequantized(tensors, "lm_head")
     plain = load_model(variant(tmp_path, "qwen2"), "numpy")
     seen = {}
-    plain.head = lambda hidden, dtype: seen.setdefault("hidden", hidden) @ np.zeros((192, 512), np.float32)
+    plain.head = lambda hidden, dtype, adapters: seen.setdefault("hidden", hidden) @ np.zeros((192, 512), np.float32)
     plain.forward(ids)
     assert is_float32_exact(logits, (seen["hidden"].astype(np.float64) @ head)[..., :vocab])
 

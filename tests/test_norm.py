@@ -1,5 +1,6 @@
 """rms_norm, layer_norm and head_norm: references against plain loops and recorded outputs, kernels against float64."""
 
+import itertools
 import math
 
 import numpy as np
@@ -23,6 +24,8 @@ from kernel_checks import (
 
 from cupyq.ops.norm import head_norm, layer_norm, rms_norm
 
+ONE_ROUNDING = {float16: 2.0**-11, bfloat16: 2.0**-8, float32: 2.0**-24}
+
 
 def rms_loop(row, weight, eps):
     mean_square = math.fsum(float(v) ** 2 for v in row) / len(row)
@@ -35,21 +38,25 @@ def layer_loop(row, weight, eps):
     return [(float(v) - mean) * float(w) / math.sqrt(variance + eps) for v, w in zip(row, weight, strict=True)]
 
 
-def in_float64(x, weight, bias, eps, kind):
+def in_float64(x, weight, bias, eps, kind, residual=None):
     """The formula over the last axis, from float64 copies."""
     x, weight = x.astype(np.float64), weight.astype(np.float64)
     if kind == "layer":
         x = x - x.mean(-1, keepdims=True)
     y = x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * weight
-    return y if bias is None else y + bias.astype(np.float64)
+    for addend in (bias, residual):
+        y = y if addend is None else y + addend.astype(np.float64)
+    return y
 
 
-def in_float32(x, weight, bias, eps, kind, dtype):
+def in_float32(x, weight, bias, eps, kind, dtype, residual=None):
     x, weight = x.astype(np.float32), weight.astype(np.float32)
     if kind == "layer":
         x = x - x.mean(-1, keepdims=True)
     y = x * weight / np.sqrt((x * x).mean(-1, keepdims=True) + np.float32(eps))
-    return (y if bias is None else y + bias.astype(np.float32)).astype(dtype)
+    for addend in (bias, residual):
+        y = y if addend is None else y + addend.astype(np.float32)
+    return y.astype(dtype)
 
 
 def run(kind, x, weight, bias, eps, **options):
@@ -68,6 +75,24 @@ def test_reference_against_loops(kind, loop):
     for index in np.ndindex(2, 3):
         expected = np.array(loop(x[index], weight, 1e-3)) + (0 if bias is None else bias.astype(np.float64))
         np.testing.assert_allclose(y[index], expected, rtol=2**-23, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind, loop", [("rms", rms_loop), ("layer", layer_loop)])
+@pytest.mark.parametrize("dtype", FLOATS, ids=lambda d: d.name)
+def test_residual_against_loops(kind, loop, dtype):
+    x, weight, bias = random(1, (5, 19), float16, 0.05), random(2, 19, float32), random(3, 19, float32)
+    bias = bias if kind == "layer" else None
+    residual = random(4, x.shape, dtype, 3.0)
+    y = run(kind, x, weight, bias, 1e-3, residual=residual)
+    assert y.dtype == dtype, "the result takes residual's dtype"
+    for row in range(5):
+        normed = np.array(loop(x[row], weight, 1e-3)) + (0 if bias is None else bias.astype(np.float64))
+        expected = residual[row].astype(np.float64) + normed
+        np.testing.assert_allclose(y[row].astype(np.float64), expected, rtol=1.01 * ONE_ROUNDING[dtype], atol=1e-12)
+    inside, out = residual.copy(), unwritten(x.shape, dtype)
+    assert run(kind, x, weight, bias, 1e-3, residual=inside, out=inside) is inside
+    assert run(kind, x, weight, bias, 1e-3, residual=residual, out=out) is out
+    assert same_bits(inside, y) and same_bits(out, y)
 
 
 @pytest.mark.parametrize("kind, loop", [("rms", rms_loop), ("layer", layer_loop)])
@@ -131,6 +156,29 @@ def test_bound_rejects_wrong_formulas(kind):
             pytest.fail(f"not rejected: {name}")
 
 
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+def test_bound_rejects_wrong_residuals(kind):
+    x, weight, eps = random(7, (9, 300), float16), random(8, 300, float16), 1e-4
+    residual = random(9, x.shape, float32, 10.0)
+    exact = in_float64(x, weight, None, eps, kind, residual)
+    rounded = in_float32(x, weight, None, eps, kind, float32, residual)
+    near(rounded, exact, rounded)
+    normed = exact - residual
+    wrong = {
+        "no residual": normed,
+        "residual twice": exact + residual,
+        "residual off by one column": normed + np.roll(residual, 1, axis=1),
+        "residual of the row before": normed + np.roll(residual, 1, axis=0),
+        "the norm rounded to float16 first": residual + normed.astype(np.float16),
+        "residual through float16": residual.astype(np.float16) + normed,
+        "the norm of the sum": in_float64(x + residual, weight, None, eps, kind),
+    }
+    for name, y in wrong.items():
+        with pytest.raises(AssertionError):
+            near(y.astype(np.float32), exact, rounded)
+            pytest.fail(f"not rejected: {name}")
+
+
 # --- kernels ----------------------------------------------------------------------------------------------------------
 
 SIZES = [
@@ -180,6 +228,55 @@ def test_row_kernels(cupy, kind, x_dtype, weight_dtype, dtype):
             assert run(kind, inside, *arrays[1:], 1e-4, out=inside) is inside
             check()
             near(inside.get(), exact, rounded)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+@pytest.mark.parametrize("x_dtype", FLOATS, ids=lambda d: d.name)
+def test_every_pairing_of_dtypes(cupy, kind, x_dtype):
+    """Of x, weight and y, with a residual of y's dtype and without."""
+    for weight_dtype, dtype in itertools.product(FLOATS, FLOATS):
+        x, weight = random(1, (4, 264), x_dtype), random(2, 264, weight_dtype)
+        bias = random(3, 264, weight_dtype) if kind == "layer" else None
+        x_, weight_, bias_ = (None if a is None else on_gpu(cupy, a) for a in (x, weight, bias))
+        for residual in (None, random(4, x.shape, dtype, 3.0)):
+            exact = in_float64(x, weight, bias, 1e-4, kind, residual)
+            rounded = in_float32(x, weight, bias, 1e-4, kind, dtype, residual)
+            given = None if residual is None else on_gpu(cupy, residual)
+            out, check = banded(cupy, unwritten(x.shape, dtype))
+            run(kind, x_, weight_, bias_, 1e-4, residual=given, out=out, dtype=dtype)
+            check()
+            near(out.get(), exact, rounded)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+@pytest.mark.parametrize("x_dtype, dtype", [(float16, float32), (bfloat16, bfloat16)], ids=lambda d: d.name)
+def test_residual_kernels(cupy, kind, x_dtype, dtype):
+    for rows, dim in SIZES:
+        x, weight = random(dim, (rows, dim), x_dtype), random(dim + 1, dim, float32)
+        bias = random(dim + 2, dim, float32) if kind == "layer" and dim % 3 else None
+        residual = random(dim + 3, x.shape, dtype, 3.0)
+        exact = in_float64(x, weight, bias, 1e-4, kind, residual)
+        rounded = in_float32(x, weight, bias, 1e-4, kind, dtype, residual)
+        for shift in (0, 1) if dim in (8, 264) else (0,):
+            x_, weight_, bias_ = (None if a is None else on_gpu(cupy, a, shift) for a in (x, weight, bias))
+            # Into the residual itself, into memory of its own, and over x.
+            inside, check = banded(cupy, residual, shift)
+            assert run(kind, x_, weight_, bias_, 1e-4, residual=inside, out=inside) is inside
+            check()
+            near(inside.get(), exact, rounded)
+            assert same_bits(x_.get(), x), "an input changed"
+            given = on_gpu(cupy, residual, shift)
+            out, check = banded(cupy, unwritten(x.shape, dtype), shift)
+            run(kind, x_, weight_, bias_, 1e-4, residual=given, out=out)
+            check()
+            assert same_bits(out.get(), inside.get()) and same_bits(given.get(), residual)
+            if x_dtype == dtype:
+                over, check = banded(cupy, x, shift)
+                run(kind, over, weight_, bias_, 1e-4, residual=given, out=over)
+                check()
+                assert same_bits(over.get(), inside.get()), "over x differs"
 
 
 @pytest.mark.gpu
@@ -243,6 +340,22 @@ REFUSED = {
     "out dtype": (TypeError, "out must have dtype", rms_norm, (X(), W), {"out": X(dtype=np.float32)}),
     "dtype": (TypeError, "out must have dtype", layer_norm, (X(), W), {"dtype": np.float64}),
     "out shape": (ValueError, "out must have shape", layer_norm, (X(), W), {"out": X((2, 3, 9))}),
+    "residual dtype": (TypeError, "residual must have dtype", rms_norm, (X(), W), {"residual": X(dtype=np.int32)}),
+    "residual not of dtype": (
+        TypeError,
+        "residual must have dtype float16",
+        layer_norm,
+        (X(), W),
+        {"residual": X(dtype=np.float32), "dtype": np.float16},
+    ),
+    "out not of residual's dtype": (
+        TypeError,
+        "out must have dtype float32",
+        rms_norm,
+        (X(), W),
+        {"residual": X(dtype=np.float32), "out": X()},
+    ),
+    "residual shape": (ValueError, "residual must have shape", rms_norm, (X(), W), {"residual": X((3, 8))}),
     "kind": (ValueError, "kind must be", head_norm, (X(), W), {"kind": "batch"}),
     "head weight": (ValueError, "weight must have shape", head_norm, (X(), np.ones((2, 8), np.float16)), {}),
     "head bias": (ValueError, "bias must have shape", head_norm, (X(), W, np.ones((3, 8), np.float16)), {}),
@@ -268,6 +381,11 @@ def test_refuses_strides_and_overlap(library):
             op(whole.T, move(library, np.ones(4, np.float16)))
         with pytest.raises(ValueError, match="out overlaps x partly"):
             op(whole[:3], weight, out=whole[1:])
+    for op in (rms_norm, layer_norm):
+        with pytest.raises(ValueError, match="out overlaps residual partly"):
+            op(move(library, np.ones((3, 8), np.float16)), weight, residual=whole[:3], out=whole[1:])
+        with pytest.raises(ValueError, match="residual must be C-contiguous"):
+            op(move(library, np.ones((8, 4), np.float16)), move(library, np.ones(4, np.float16)), residual=whole.T)
 
 
 @pytest.mark.gpu

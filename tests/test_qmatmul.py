@@ -255,7 +255,7 @@ GPTQ_CASES = [
         (96, 32, 1, False),
         (128, 32, 8, False),
     )
-    for version in ("v1", "v2")
+    for version in ("v1", "v2", "v1-wrapped")
 ]
 
 

@@ -22,7 +22,7 @@ from kernel_checks import (
 )
 
 from cupyq.errors import FormatError, UnsupportedError
-from cupyq.ops.rope import rope, rope_tables
+from cupyq.ops.rope import mrope_positions, rope, rope_tables
 
 STYLES = ("neox", "gptj")
 
@@ -386,3 +386,74 @@ def test_table_refusals():
             rope_tables(rotary_dim, 4)
     with pytest.raises(ValueError, match="length must not be negative"):
         rope_tables(8, -1)
+
+
+# --- positions of text and images -------------------------------------------------------------------------------------
+
+
+def mrope_by_loops(ids, merge, spans, grids, length):
+    """exllamav2's walk, token by token."""
+    rows, base, free = [], 0, 0
+    for i in range(length):
+        j = next((j for j, (begin, end) in enumerate(spans) if i < len(ids) and begin <= ids[i] < end), None)
+        if j is None:
+            rows.append((free, free, free))
+            base = free = free + 1
+            continue
+        k, (time, height, width) = ids[i] - spans[j][0], grids[j]
+        height, width = height // merge, width // merge
+        rows.append((base + k // width // height % time, base + k // width % height, base + k % width))
+        free = max(free, *(value + 1 for value in rows[-1]))
+    return np.array(rows, np.int64).reshape(-1, 3).T, free
+
+
+def test_mrope_golden():
+    inputs, outputs, arguments = golden("rope")["mrope"]
+    length = outputs["pos"].shape[1]
+    call = (inputs["ids"], arguments["merge_size"], arguments["spans"], arguments["grids"])
+    positions, free = mrope_positions(*call, length)
+    np.testing.assert_array_equal(positions, outputs["pos"])
+    assert (positions.dtype, free) == (np.int64, arguments["next"])
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_mrope_positions_are_those_of_a_walk(seed):
+    """Images at either end, next to each other, of several frames, overlapping, cut off, and ids in any order."""
+    rng = np.random.default_rng(seed)
+    merge = int(rng.integers(1, 3))
+    grids = [tuple(int(v) for v in rng.integers(1, 4, 3) * (1, merge, merge) + (0, 1, 0)) for _ in range(3)]
+    spans = [(100, 112), (112, 120), (118, 130)]
+    ids = rng.permutation(np.concatenate([rng.integers(0, 50, 6), np.arange(100, 130)])) if seed % 2 else np.arange(95, 140)
+    for length in (0, 1, ids.size - 3, ids.size, ids.size + 5):
+        positions, free = mrope_positions(ids, merge, spans, grids, length)
+        expected, expected_free = mrope_by_loops(ids.tolist(), merge, spans, grids, length)
+        np.testing.assert_array_equal(positions, expected)
+        assert free == expected_free
+    text, free = mrope_positions(ids, merge, [], [], 5)
+    np.testing.assert_array_equal(text, [range(5)] * 3)
+    assert free == 5
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        ({"ids": [1, 2]}, TypeError, "ids must be a NumPy array, as positions are made on the host, got list"),
+        ({"ids": np.zeros(3, np.int32)}, TypeError, "ids must have dtype int64"),
+        ({"ids": np.zeros((1, 3), np.int64)}, ValueError, "ids must have 1 dimensions"),
+        ({"merge_size": 0}, ValueError, "merge_size must be an integer from 1, got 0"),
+        ({"merge_size": 2.0}, ValueError, "merge_size must be an integer from 1, got 2.0"),
+        ({"length": -1}, ValueError, "length must be an integer from 0, got -1"),
+        ({"grids": []}, ValueError, r"grids must hold one \(time, height, width\) for each of 1 spans, got 0"),
+        ({"grids": [(1, 4, 1)]}, ValueError, r"grids\[0\] must be at least \(1, 2, 2\), got \(1, 4, 1\)"),
+        ({"grids": [(0, 4, 4)]}, ValueError, r"grids\[0\] must be at least \(1, 2, 2\)"),
+        ({"grids": [(1, 4)]}, ValueError, "spans must hold pairs"),
+        ({"grids": [(1, 4.5, 4)]}, ValueError, "spans must hold pairs"),
+        ({"spans": [(1, 2, 3)]}, ValueError, "spans must hold pairs"),
+        ({"spans": [(1, 2**70)]}, ValueError, "spans must hold pairs"),
+        ({"spans": None}, ValueError, "spans must hold pairs"),
+    ],
+)
+def test_mrope_refusals(change, kind, message):
+    arguments = {"ids": np.zeros(3, np.int64), "merge_size": 2, "spans": [(1, 5)], "grids": [(1, 4, 4)], "length": 3}
+    with pytest.raises(kind, match=message):
+        mrope_positions(**arguments | change)

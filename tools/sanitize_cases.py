@@ -14,6 +14,7 @@ import numpy as np
 import cupyq
 from cupyq import ops
 from cupyq._arrays import FLOATS, bfloat16
+from cupyq.formats import kv_cache
 from cupyq.formats.safetensors import Checkpoint
 
 MODELS = Path(__file__).parent.parent / "examples/models"
@@ -32,8 +33,9 @@ def integers(high, *shape):
 def norms(dtype):
     for rows, dim in ((1, 1), (3, 97), (2, 640), (5, 4096)):
         x, weight, bias = array(rows, dim, dtype=dtype), array(dim, dtype=dtype), array(dim, dtype=dtype)
-        ops.rms_norm(x, weight)
-        ops.layer_norm(x, weight, bias)
+        for residual in (None, array(rows, dim, dtype=dtype)):
+            ops.rms_norm(x, weight, residual=residual)
+            ops.layer_norm(x, weight, bias, residual=residual)
     for head_dim in (1, 72, 128):
         weight = array(head_dim, dtype=dtype)
         for kind in ("rms", "layer"):
@@ -45,12 +47,16 @@ def elementwise(dtype):
         x, y = array(rows, columns, dtype=dtype), array(rows, columns, dtype=dtype)
         ops.add(x, y)
         ops.add_weighted(x, y, cupy.abs(array(rows)))
-        ops.silu_mul(x, y)
-        ops.gelu_mul(x, y)
+        ops.silu(x)
         ops.gelu(x)
+        ops.relu(x)
+        ops.silu_mul(x, y)
+        ops.gelu_mul(x, y, approximate="none")
+        ops.relu_mul(x, y)
         ops.softcap(x, 30.0)
         ops.embedding(integers(7, 2, 3), array(7, columns, dtype=dtype))
         ops.matmul(x, array(columns, 5, dtype=dtype), bias=array(5, dtype=dtype))
+        ops.gemm(x, array(columns, 5, dtype=dtype), array(rows, 5, dtype=dtype), alpha=0.5, beta=2.0)
 
 
 def positions(dtype):
@@ -69,12 +75,80 @@ def attentions(dtype):
 
 
 def routing_and_sampling(dtype):
-    ops.route(array(5, 8, dtype=dtype), 2)
-    ops.route(array(3, 100, dtype=dtype), 7)
+    for rows, experts, top_k in ((5, 8, 2), (3, 100, 7), (600, 3, 1)):
+        weights, chosen = ops.route(array(rows, experts, dtype=dtype), top_k)
+        ops.group_rows(chosen, experts)
+        ops.combine_rows(array(rows, top_k, 33, dtype=dtype), weights)
+        ops.combine_rows(array(rows, top_k, 1032, dtype=dtype), weights)
     for vocabulary in (1, 1000, 5003):
         logits = array(3, vocabulary, dtype=dtype)
         ops.sample(logits, temperature=0.0)
         ops.sample(logits, temperature=0.8, top_k=50, top_p=0.9, min_p=0.01, seed=np.arange(3))
+        further = {"tfs": 0.99, "typical": 0.9, "mirostat_tau": 8.0, "mirostat_mu": cupy.full(3, 16, np.float32)}
+        further |= {"top_a": 0.01, "max_temp": 1.5, "xtc_probability": 1.0, "xtc_threshold": 0.001, "smoothing": 0.1}
+        first = {"top_ids": cupy.empty((3, 9), np.int32), "top_probabilities": cupy.empty((3, 9), np.float32)}
+        for settings in ({"top_k": [0, 40, 3000]}, {"min_p": 0.5, "skew": [-0.5, 0.0, 0.5]}):
+            ops.sample(logits, **settings, **further, **first, probabilities=cupy.empty(3, np.float32))
+        history, flags = integers(vocabulary + 1, 3, 300), integers(2, vocabulary).astype(np.uint8)
+        options = {"repetition": 1.1, "frequency": 0.1, "sustain": 90, "decay": 100, "dry_multiplier": 0.8}
+        ops.penalize(logits, history, cupy.asarray(np.int32([0, 7, 300])), **options, dry_breakers=flags, out=logits)
+        ops.penalize(logits, history, bias_ids=integers(vocabulary, 5), bias=array(5), allowed=flags, out=array(3, vocabulary))
+
+
+def quantizing(dtype):
+    ops.hadamard(array(3, 14, dtype=dtype), 2)
+    for size in (8, 128, 1024, 8192, 32768):
+        ops.hadamard(array(3, size, dtype=dtype), size)
+    ops.remap_columns(integers(9, 3, 133), integers(133, 133))
+    ops.remap_nibbles(integers(9, 3, 17), integers(136, 136))
+    for rows, cols in ((32, 1), (96, 33), (160, 132)):
+        codes = integers(256, rows, cols).astype(cupy.int16)
+        for bits in (2, 3, 4, 5, 6, 8):
+            ops.pack_columns(codes, bits)
+        ops.pack_rows_4(integers(17, rows, 8).astype(cupy.int16))
+        x, quant, error = array(rows, cols), array(rows, cols), array(rows, cols)
+        scale = cupy.abs(array(cols)) + 0.1
+        ops.quantize(x, scale, 8, 15, codes=codes)
+        ops.quantize_err(x, scale, 8, 15, 3.5, 0.7, 1.2, 7)
+        u = cupy.triu(array(rows, rows) * 0.1) + cupy.eye(rows, dtype=np.float32)
+        ops.quantize_range(x, quant, error, scale, u, 8, 15, 3, rows - 7, codes=codes)
+        ops.quantize_range(x, quant, error, scale, u, 8, 15, rows - 1, rows)
+        ops.quantize_range_inplace(x, scale, 8, 15, 1, rows, codes=codes)
+
+
+def adapters(dtype):
+    """Few and many rows of one and several requests, ranks in use and not, K in several slices, columns by the window."""
+    for rows, requests, k, ranks, n in ((1, 1, 33, 1, 5), (3, 3, 640, 24, 260), (18, 3, 97, 9, 33), (150, 2, 577, 88, 513)):
+        x, a, b = array(rows, k, dtype=dtype), array(k, ranks, dtype=dtype), array(ranks, n, dtype=dtype)
+        chosen = cupy.asarray(np.array([[0.0, 1.0], [0.5, 0.0], [1.0, 2.0]], np.float32)[:requests])
+        for y in (np.float32, dtype):
+            ops.lora(array(rows, n, dtype=y), x, a, b, integers(2, ranks), chosen)
+    many = integers(70, 1100)
+    chosen = cupy.asarray((np.arange(140) % 9 == 0).astype(np.float32).reshape(2, 70))
+    for rows in (2, 40):
+        x, a, b = array(rows, 64, dtype=dtype), array(64, 1100, dtype=dtype), array(1100, 40, dtype=dtype)
+        ops.lora(array(rows, 40, dtype=dtype), x, a, b, many, chosen)
+
+
+def caches(dtype):
+    """Chunks that end inside of a block, tokens whose chunks straddle them, pages of odd sizes, unaligned views."""
+    lengths, table = cupy.asarray(np.array([0, 13], np.int32)), cupy.asarray(np.array([[4, 0, 2], [1, 5, 3]], np.int32))
+    for kind in ("fp8", "q4", "q8"):
+        for shape in ((6, 7, 1, 64), (6, 7, 3, 32), (6, 70, 2, 128)):
+            x, codes = array(*shape, dtype=np.float16), cupy.zeros(kv_cache.code_shape(shape, kind), np.uint8)
+            scales = None if kind == "fp8" else cupy.zeros(kv_cache.scale_shape(shape, kind), np.float16)
+            ops.kv_encode(x, codes, scales, kind=kind, start=1, width=shape[1] - 2)
+            ops.kv_decode(codes, scales, x, kind=kind, start=0, width=shape[1] - 1, rows=5)
+            ops.kv_encode_paged(x, codes, scales, kind=kind, lengths=lengths, width=8, block_table=table)
+            ops.kv_decode_paged(codes, scales, x, kind=kind, lengths=lengths, block_table=table)
+        if kind != "fp8":
+            for chunks, shift in ((1, 0), (33, 0), (129, 1)):
+                x = array(64 * chunks + shift, dtype=np.float16)[shift:]
+                ops.decode_blocks(*ops.encode_blocks(x, kind), kind)
+    for page in (1, 33, 4096):
+        ops.cache_rotate(array(7, page, dtype=dtype), cupy.asarray(np.array([6, 0, 3, 1, 5, 2], np.int32)))
+        ops.cache_rotate(array(7, page, dtype=dtype), cupy.asarray(np.array([6, 0, 7], np.int32)))
+    ops.count_match(np.arange(5), np.arange(7), 6)
 
 
 def quantized():
@@ -83,16 +157,24 @@ def quantized():
         with Checkpoint(MODELS / model) as checkpoint:
             word = ".q_weight" if "exl2" in model else ".qweight"
             keys = [name.removesuffix(word) for name in checkpoint.names if name.endswith(word)]
+            by_shape = {}
             for key in keys[:8]:
                 tensors = {n.rpartition(".")[2]: checkpoint.array(n) for n in checkpoint.names if n.startswith(f"{key}.")}
                 q = cupyq.QMatrix.from_tensors({name: cupy.asarray(value) for name, value in tensors.items()})
+                by_shape.setdefault(q.shape, []).append(q)
                 ops.reconstruct(q)
                 for rows in (1, 7, 17, 64, 65):
                     for dtype in (np.float16, bfloat16):
                         ops.qmatmul(array(rows, q.k, dtype=dtype), q)
+            for (k, _), matrices in by_shape.items():
+                experts = ops.QMatrixGroup.from_matrices(matrices)
+                for rows, tile_rows in ((1, None), (9, 8), (70, None), (70, 64)):
+                    groups = ops.group_rows(integers(len(matrices), rows, 1), len(matrices), tile_rows=tile_rows)
+                    for dtype in (np.float16, bfloat16):
+                        ops.qmatmul_grouped(array(rows, k, dtype=dtype), experts, groups)
 
 
-CASES = (norms, elementwise, positions, attentions, routing_and_sampling)
+CASES = (norms, elementwise, positions, attentions, routing_and_sampling, quantizing, adapters, caches)
 
 if __name__ == "__main__":
     cupy.cuda.set_allocator(None)

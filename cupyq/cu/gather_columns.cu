@@ -1,11 +1,17 @@
 // gather_columns: y[r, j] = x[r, column[j]], zero where column[j] is -1: activations in the stored row order of a QMatrix
+// gather_columns_grouped: the same for every pair of a row and an expert, in the stored row order of that expert's matrix
 //
-// Work split  one thread per pair of columns; blockIdx.y strides over the rows.
+// Work split  one thread per pair of columns; blockIdx.y strides over the rows, or over the row tiles of group_rows.cu.
 // Numerics    copies.
 // Limits      count a multiple of 32; any rows, any address of x.
 // Traffic     rows * count * (sizeof(T) + one 32-byte sector) bytes, from L2.
 // Reference   cupyq/ops/qmatmul.py: qmatmul_reference, which takes x as it is
-#include "types.cuh"
+#include "matrix.cuh"
+
+// The two values of a row that belong at stored columns j and j + 1.
+template <typename T> __device__ __forceinline__ Vector<T, 2> gathered_pair(const T *row, int first, int second) {
+    return {first < 0 ? T{0} : row[first], second < 0 ? T{0} : row[second]};
+}
 
 template <typename T>
 __global__ void __launch_bounds__(128) gather_columns(
@@ -16,9 +22,29 @@ __global__ void __launch_bounds__(128) gather_columns(
     int j = 2 * (blockIdx.x * 128 + threadIdx.x);
     if (j >= count) return;
     int first = column ? column[j] : j, second = column ? column[j + 1] : j + 1;  // count is a multiple of 32
-    for (int r = blockIdx.y; r < rows; r += gridDim.y) {
-        const T *row = x + (int64)r * k;
-        Vector<T, 2> pair = {first < 0 ? T{0} : row[first], second < 0 ? T{0} : row[second]};
-        *(Vector<T, 2> *)(y + (int64)r * count + j) = pair;
+    for (int r = blockIdx.y; r < rows; r += gridDim.y)
+        *(Vector<T, 2> *)(y + (int64)r * count + j) = gathered_pair(x + (int64)r * k, first, second);
+}
+
+template <typename T>
+__global__ void __launch_bounds__(128) gather_columns_grouped(
+    const T *x,              // [pairs / pairs_per_row, k]
+    const Matrix *matrices,  // [experts]
+    const RowTile *tiles,    // [tile_count]
+    const int *order,        // [pairs]
+    T *y,                    // [pairs, count]; of a row, the first 32 * blocks of its matrix are written
+    int tile_count, int pairs_per_row, int k, int count) {
+    int j = 2 * (blockIdx.x * 128 + threadIdx.x);
+    for (int t = blockIdx.y; t < tile_count; t += gridDim.y) {
+        RowTile tile = tiles[t];
+        if (tile.rows == 0) return;  // unused entries come last
+        const int *column = matrices[tile.expert].rows;
+        if (j >= 32 * matrices[tile.expert].blocks) continue;
+        int first = column ? column[j] : j, second = column ? column[j + 1] : j + 1;
+        for (int r = 0; r < tile.rows; r++) {
+            int pair = order[tile.first + r];
+            *(Vector<T, 2> *)(y + (int64)pair * count + j) =
+                gathered_pair(x + (int64)(pair / pairs_per_row) * k, first, second);
+        }
     }
 }

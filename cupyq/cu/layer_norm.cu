@@ -1,23 +1,25 @@
-// layer_norm: y[r, c] = (x[r, c] - mean_r) * w[c] / sqrt(mean_c((x[r, c] - mean_r)^2) + eps) + b[c]
+// layer_norm: y[r, c] = (x[r, c] - mean_r) * w[c] / sqrt(mean_c((x[r, c] - mean_r)^2) + eps) + b[c] + residual[r, c]
 //
 // Work split  one block of 32 * warps threads per row; `vector` values per access (1 where dim or an address is odd).
 // Numerics    mean, then variance from the deviations, both as fp32 sums in a fixed order; one rounding at the store.
-// Limits      none on rows (grid x) or dim; y may be x; b may be null.
-// Traffic     rows * dim * (sizeof(X) + sizeof(Y)) + 2 * dim * sizeof(W) bytes; rows wider than the L1 are read three
-//             times from L2.
+// Limits      none on rows (grid x) or dim; y may be x or residual; b and residual may be null.
+// Traffic     rows * dim * (sizeof(X) + sizeof(Y)) + 2 * dim * sizeof(W) bytes, and rows * dim * sizeof(Y) for the
+//             residual; rows wider than the L1 are read three times from L2.
 // Reference   cupyq/ops/norm.py: layer_norm_reference
 #include "reduce.cuh"
 
 template <typename X, typename W, typename Y, int vector, int warps>
 __global__ void __launch_bounds__(32 * warps) layer_norm(
-    const X *x,  // [rows, dim]
-    const W *w,  // [dim]
-    const W *b,  // [dim] or null
-    Y *y,        // [rows, dim]
+    const X *x,         // [rows, dim]
+    const W *w,         // [dim]
+    const W *b,         // [dim] or null
+    const Y *residual,  // [rows, dim] or null
+    Y *y,               // [rows, dim]
     int dim, float eps) {
     __shared__ float partial[warps];
-    const X *x_row = x + (int64)blockIdx.x * dim;
-    Y *y_row = y + (int64)blockIdx.x * dim;
+    int64 start = (int64)blockIdx.x * dim;
+    const X *x_row = x + start;
+    Y *y_row = y + start;
 
     float sum = 0;
     for (int c = threadIdx.x * vector; c < dim; c += 32 * warps * vector) {
@@ -38,10 +40,13 @@ __global__ void __launch_bounds__(32 * warps) layer_norm(
         auto ws = *(const Vector<W, vector> *)(w + c);
         Vector<W, vector> bs;
         if (b) bs = *(const Vector<W, vector> *)(b + c);
-        Vector<Y, vector> ys;
+        Vector<Y, vector> residuals, ys;
+        if (residual) residuals = *(const Vector<Y, vector> *)(residual + start + c);
         for (int i = 0; i < vector; i++) {
             float value = (to_float(xs[i]) - mean) * to_float(ws[i]) * scale;
-            ys[i] = from_float<Y>(b ? value + to_float(bs[i]) : value);
+            if (b) value += to_float(bs[i]);
+            if (residual) value += to_float(residuals[i]);
+            ys[i] = from_float<Y>(value);
         }
         *(Vector<Y, vector> *)(y_row + c) = ys;
     }

@@ -1,5 +1,5 @@
 // Philox4x32-10: 128 random bits as a pure function of a 128-bit counter and a 64-bit key; no state to keep.
-// Source: Salmon, Moraes, Dror and Shaw, Parallel Random Numbers: As Easy as 1, 2, 3, SC 2011. NumPy: ops/sampling.py.
+// Source: Salmon, Moraes, Dror and Shaw, Parallel Random Numbers: As Easy as 1, 2, 3, SC 2011. NumPy: ops/philox.py.
 #pragma once
 #include "types.cuh"
 
@@ -17,9 +17,9 @@ __device__ __forceinline__ void philox4x32(uint32 (&counter)[4], uint32 key_low,
     }
 }
 
-// The 64 random bits of one step of one seed: the first two words of counter (step, 0) under key seed.
-__device__ __forceinline__ uint64 philox_bits(uint64 seed, uint64 step) {
+// 64 random bits of one step of one seed: two words, from word 0 or 2, of counter (step, 0) under key seed.
+__device__ __forceinline__ uint64 philox_bits(uint64 seed, uint64 step, int word = 0) {
     uint32 words[4] = {(uint32)step, (uint32)(step >> 32), 0, 0};
     philox4x32(words, (uint32)seed, (uint32)(seed >> 32));
-    return (uint64)words[1] << 32 | words[0];
+    return word == 0 ? (uint64)words[1] << 32 | words[0] : (uint64)words[3] << 32 | words[2];
 }

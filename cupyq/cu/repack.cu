@@ -2,7 +2,7 @@
 //
 // repack_weights  packed streams down the columns (EXL2 q_weight, GPTQ qweight) -> tiles (formats/tiles.py)
 // exl2_scales     scale[g, n] = RN16((code + 1)^2 * base[g]), base = RN16(q_scale_max * prescale / 256), in fp16
-// gptq_zeros      zero[g, n] = stored + offset (1 for v1, 0 for v2), as fp16: exact, 256 included
+// gptq_zeros      zero[g, n] = (stored + offset) & mask (formats/gptq.py: zero_rule), as fp16: exact, 256 included
 // pad_columns     fp16 [rows, n] -> [rows, padded_n], zeros in the new columns
 //
 // Work split  repack_weights: one warp per 32 x 32 tile; the others one thread per value.
@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(256) exl2_scales(
 __global__ void __launch_bounds__(256) gptq_zeros(
     const uint32 *qzeros,  // [groups, n * bits / 32]
     half *zeros,           // [groups, padded_n]
-    int n, int padded_n, int bits, int offset) {
+    int n, int padded_n, int bits, int offset, int mask) {
     int column = blockIdx.y * 256 + threadIdx.x, group = blockIdx.x;
     if (column >= padded_n) return;
     int stored = 0;
@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(256) gptq_zeros(
         if (shift + bits > 32) value |= word[1] << (32 - shift);
         stored = value & ((1u << bits) - 1);
     }
-    zeros[(int64)group * padded_n + column] = from_float<half>((float)(stored + offset));
+    zeros[(int64)group * padded_n + column] = from_float<half>((float)(stored + offset & mask));
 }
 
 __global__ void __launch_bounds__(256) pad_columns(

@@ -1,124 +1,443 @@
-// sample: one token id per row, drawn from softmax(logits / temperature) after top-k, then top-p, then min-p
+// sample, sample_filtered: one token id per row, drawn from softmax(logits / temperature) after the filters
+//
+// sample           top-k, top-p, min-p
+// sample_filtered  all filters of ops/sampling.py: sample, probabilities and the first tokens of the order as well
 //
 // Work split  one block per row, one contiguous segment of the row per warp. Passes over the row (L2 after the first):
-//               maximum; histogram of 1024 bins by distance from the maximum; for each of top-k and top-p three passes
-//               of radix selection within the bin where the cut falls, and one to find the last of several tokens tied
-//               at the cut; weights of the segments. Filters that are off cost nothing; greedy rows stop after the
-//               maximum.
+//               maximum; histogram of 1000 bins by distance from the maximum; where at most 2048 tokens can be left, one
+//               that lists them in shared memory, by id, and what follows reads that list. A cut by count or by mass:
+//               three passes of radix selection, and one to find the last of several tokens tied at the cut. Filters
+//               that are off cost nothing; greedy rows stop after the maximum.
+// Stages      each may measure what is kept, select, and locate a token, in passes that all share (sampling_passes.cuh).
 // Numerics    a token's weight is 2^40 * exp((logit - max) / temperature) as an integer, so every sum of weights is
 //             exact and the same in any order; all float arithmetic is written out in single roundings that NumPy
 //             repeats. The drawn id is therefore the reference's.
 // Order       by logit, descending, ties by lowest id. `rank` is the logit as a uint32 that ascends so.
-// Draw        the first id whose cumulative weight, in id order, exceeds floor(U * total / 2^64), U from Philox.
-// Limits      vocab <= 2^23 (totals below 2^63).
+// Draw        the first id whose cumulative weight, in id order, exceeds floor(U * total / 2^64), U from Philox. With
+//             skew: the same along the order, for another U.
+// Limits      vocab <= 2^23 (totals below 2^63); top <= 1024; tail-free of more than 2048 tokens sorts in `workspace`.
 // Traffic     rows * (vocab * sizeof(X) + 4) bytes from DRAM.
 // Reference   cupyq/ops/sampling.py: sample_reference
-#include "philox.cuh"
+#include "sampling_passes.cuh"
 
-constexpr int threads = 1024, segments = threads / 32;
-constexpr uint32 rank_of_infinity = 0x007fffffu, rank_of_minus_infinity = 0xff800000u, rank_of_nan = 0xffffffffu;
-constexpr float most_halvings = 40.0f;  // tokens less likely than 2^-40 of the likeliest have weight 0
-constexpr float bins_per_halving = 25.0f;
+// --- stages -----------------------------------------------------------------------------------------------------------
 
-__device__ __forceinline__ uint32 rank_of(float x) {
-    if (x != x) return rank_of_nan;
-    uint32 bits = __float_as_uint(__fadd_rn(x, 0.0f));  // -0 becomes +0: the two are a tie
-    return bits & 0x80000000u ? bits : bits ^ 0x7fffffffu;
-}
-
-// How many times the maximum's probability must be halved to give x's; NaN for NaN. Non-decreasing in rank_of(x).
-__device__ __forceinline__ float halvings(float maximum, float x, float scale) {
-    return __fmul_rn(__fsub_rn(maximum, x), scale);
-}
-
-// floor(2^40 * 2^-y), at least 1, for y < 40; 0 for larger y and NaN. The polynomial is a minimax fit of 2^-f on
-// [0, 1], exact at both ends (relative error 3e-7), without FMA because NumPy has none.
-__device__ __forceinline__ uint64 weight_of(float y) {
-    if (!(y < most_halvings)) return 0;
-    int n = (int)y;
-    float f = __fsub_rn(y, (float)n);
-    float p = -0.000939659308642149f;
-    p = __fadd_rn(__fmul_rn(p, f), 0.00919379387050867f);
-    p = __fadd_rn(__fmul_rn(p, f), -0.0552879199385643f);
-    p = __fadd_rn(__fmul_rn(p, f), 0.2401772290468216f);
-    p = __fadd_rn(__fmul_rn(p, f), -0.6931434273719788f);
-    p = __fadd_rn(__fmul_rn(p, f), 1.0f);
-    return ((uint64)(uint32)__fmul_rn(fmaxf(p, 0.5f), 16777216.0f) << 16) >> n;
-}
-
-// Counts and weights by bin. Shared memory has no native 64-bit addition: the carry of the low word travels by hand,
-// which keeps the sum exact in any order.
-template <int size> struct Histogram {
-    uint32 count[size], low[size], high[size];
-
-    __device__ void clear() {
-        for (int i = threadIdx.x; i < size; i += threads) count[i] = low[i] = high[i] = 0;
-        __syncthreads();
-    }
-    __device__ __forceinline__ void add(int i, uint64 weight) {
-        atomicAdd(&count[i], 1u);
-        uint32 before = atomicAdd(&low[i], (uint32)weight);
-        uint32 carry = before + (uint32)weight < before;
-        uint32 upper = (uint32)(weight >> 32) + carry;
-        if (upper) atomicAdd(&high[i], upper);
-    }
-    __device__ __forceinline__ uint64 mass(int i) const { return (uint64)high[i] << 32 | low[i]; }
+enum Stage {
+    cut_by_count,  // top-k
+    cut_by_mass,   // top-p
+    threshold,     // top-a, min-p
+    relist,        // list what is left of the row, if that is little enough
+    tail_free,
+    typical,
+    mirostat,
+    retemper,  // post temperature, dynamic temperature
+    exclude_top,
+    write_top,
+    draw
 };
 
-// Exclusive prefix sum over the block's threads; `total` gets the whole sum. `partial`: 32 values of shared memory.
-__device__ __forceinline__ uint64 block_prefix(uint64 x, uint64 *partial, uint64 &total) {
+__device__ __forceinline__ bool is_share(float x) { return x > 0.0f && x < 1.0f; }
+
+__device__ __forceinline__ double unit_double(uint64 bits) {
+    return __dmul_rn(__ull2double_rn(bits >> 11), 1.0 / 9007199254740992.0);
+}
+
+template <bool filtered> __device__ __forceinline__ bool is_on(int stage) {
+    const Filters &filters = shared.filters;
+    switch (stage) {
+        case cut_by_count: return shared.basics.top_k > 0;
+        case cut_by_mass: return shared.basics.top_p < 1.0f;
+        case threshold:
+        case draw: return true;
+    }
+    if constexpr (filtered) switch (stage) {
+            case relist:
+                return is_share(filters.tfs) || is_share(filters.typical) || filters.mirostat_tau > 0.0f ||
+                       filters.post_temperature != 1.0f || filters.max_temp > filters.min_temp ||
+                       filters.xtc_probability > 0.0f || filters.skew != 0.0f || shared.outputs.top_count > 0;
+            case tail_free: return is_share(filters.tfs);
+            case typical: return is_share(filters.typical);
+            case mirostat: return filters.mirostat_tau > 0.0f && shared.outputs.mu;
+            case retemper: return filters.post_temperature != 1.0f || filters.max_temp > filters.min_temp;
+            case exclude_top:
+                return unit_double(philox_bits(shared.basics.seed, shared.basics.step, 2)) <
+                       (double)filters.xtc_probability;
+            case write_top: return shared.outputs.top_count > 0;
+        }
+    return false;
+}
+
+template <bool filtered> __device__ __forceinline__ bool is_measured(int stage) {
+    return filtered && (stage == typical || stage == mirostat || stage == retemper || stage == exclude_top ||
+                           stage == write_top || (stage == draw && shared.filters.skew != 0.0f));
+}
+
+// The mean of halvings * 2^24 over what was measured.
+__device__ __forceinline__ double mean_halvings() {
+    double sum =
+        __dadd_rn(__dmul_rn(__ull2double_rn(shared.measured.high), 4294967296.0), __ull2double_rn(shared.measured.low));
+    return __ddiv_rn(sum, __ull2double_rn(shared.measured.mass));
+}
+
+// The temperature between min_temp and max_temp, by the entropy of what was measured.
+__device__ __forceinline__ float dynamic_temperature() {
+    const Filters &filters = shared.filters;
+    if (shared.measured.count < 2) return 1.0f;
+    double entropy = __dadd_rn(log2_recipe(__ull2double_rn(shared.measured.mass)), -40.0);
+    entropy = __dadd_rn(entropy, __dmul_rn(mean_halvings(), 1.0 / 16777216.0));
+    double relative = __ddiv_rn(entropy, log2_recipe(__ull2double_rn(shared.measured.count)));
+    relative = fmin(fmax(relative, 0.0), 1.0);
+    double power = filters.temp_exponent == 0.0f ? 1.0 : 0.0;
+    if (relative > 0.0) power = exp2_recipe(__dmul_rn((double)filters.temp_exponent, log2_recipe(relative)));
+    double range = __dadd_rn((double)filters.max_temp, -(double)filters.min_temp);
+    return __double2float_rn(__dadd_rn((double)filters.min_temp, __dmul_rn(range, power)));
+}
+
+// What a stage asks for, after the measure. One thread.
+template <bool filtered> __device__ __forceinline__ void make_plan(int stage) {
+    const Basics &basics = shared.basics;
+    const Filters &filters = shared.filters;
+    const Measured &measured = shared.measured;
+    Keep &keep = shared.keep;
+    Plan &plan = shared.plan;
+    plan.selects = plan.is_by_mass = plan.is_by_deviation = plan.locates = false;
+    if (stage == cut_by_count) {
+        plan.selects = basics.top_k < shared.count;
+        plan.want = basics.top_k;
+    } else if (stage == cut_by_mass) {
+        plan.selects = plan.is_by_mass = true;
+        plan.want = share_of(shared.mass, basics.top_p);
+    } else if (stage == threshold) {
+        shared.has_histogram = false;  // from here on others are kept than were counted
+        keep.least = min(__float2ull_ru(__fmul_rn(basics.min_p, 1099511627776.0f)), (uint64)1 << 40);
+        if (filtered && filters.top_a > 0.0f) {
+            double share = __ddiv_rn(1099511627776.0, __ull2double_rn(shared.mass));
+            double weight = __dmul_rn(__dmul_rn((double)filters.top_a, 1099511627776.0), share);
+            keep.least = max(keep.least, min(__double2ull_ru(weight), (uint64)1 << 40));
+        }
+    } else if (stage == draw) {
+        uint64 random = philox_bits(basics.seed, basics.step);
+        plan.locates = true;
+        plan.quantity = weight_of_token;
+        plan.number = random;
+        if (filtered && filters.skew != 0.0f) {
+            double u = unit_double(random);
+            if (u > 0.0) {
+                double power = exp2_recipe(__dmul_rn(-(double)filters.skew, 1.4426950408889634));
+                u = exp2_recipe(__dmul_rn(power, log2_recipe(u)));
+            }
+            plan.selects = plan.is_by_mass = true;
+            plan.want = min(__double2ull_rd(__dmul_rn(u, __ull2double_rn(measured.mass))), measured.mass - 1) + 1;
+        }
+    } else if constexpr (filtered) {
+        if (stage == typical) {
+            keep.center = (int)__double2ll_rn(mean_halvings());
+            plan.selects = plan.is_by_mass = plan.is_by_deviation = true;
+            plan.want = share_of(measured.mass, filters.typical);
+        } else if (stage == mirostat) {  // surprise up to mu
+            double share = exp2_recipe((double)fminf(fmaxf(-*shared.outputs.mu, -64.0f), 64.0f));
+            uint64 least = __double2ull_ru(__dmul_rn(__ull2double_rn(measured.mass), share));
+            keep.least = max(keep.least, min(least, measured.largest));
+        } else if (stage == retemper) {
+            bool is_dynamic = filters.max_temp > filters.min_temp;
+            float temperature = is_dynamic ? dynamic_temperature() : filters.post_temperature;
+            if (temperature != 1.0f) {
+                keep.is_reshaped = true;
+                keep.shift = __uint_as_float((uint32)measured.least_halvings);
+                keep.slope = fminf(__fdiv_rn(1.0f, temperature), largest_float);
+            }
+        } else if (stage == write_top) {
+            plan.selects = measured.count > shared.outputs.top_count;
+            plan.want = shared.outputs.top_count;
+            shared.saved_rank = keep.rank, shared.saved_last_id = keep.last_id;
+        }
+    }
+}
+
+// After the selection: does the cut fall between tied tokens? One thread. Tokens of one rank have one weight.
+template <bool filtered> __device__ __forceinline__ void settle_ties(int stage) {
+    const Selected &selected = shared.selected;
+    Plan &plan = shared.plan;
+    if (!plan.selects) return;
+    plan.key = selected.key;
+    if (filtered && plan.is_by_deviation) {
+        plan.locates = selected.tied > 1;
+        plan.quantity = weight_of_deviation;
+        plan.number = selected.want - 1;
+        return;
+    }
+    uint64 weight = selected.tied_mass / selected.tied;
+    uint64 ties = plan.is_by_mass ? (selected.want + weight - 1) / weight : selected.want;
+    shared.mass = selected.before + ties * weight;
+    plan.locates = stage == draw || ties < selected.tied;
+    plan.quantity = is_of_rank;
+    plan.number = ties - 1;
+}
+
+// The cut, once the last of the tied tokens is known. One thread.
+__device__ __forceinline__ void narrow(int stage) {
+    Keep &keep = shared.keep;
+    uint32 key = shared.selected.key;
+    if (!shared.plan.selects || stage == draw) return;
+    int last_id = shared.plan.locates ? shared.located : any_id;
+    if (shared.plan.is_by_deviation) {
+        keep.farthest = key, keep.farthest_id = last_id;
+    } else {
+        if (!shared.plan.locates && key == keep.rank) last_id = keep.last_id;
+        keep.rank = key, keep.last_id = last_id;
+    }
+}
+
+// --- passes of one stage ----------------------------------------------------------------------------------------------
+
+// One more token than the beginning that holds at most the share of the second differences, as shared.selected.
+template <typename P>
+__device__ __forceinline__ void select_tail_free() {
+    typename P::Kept keep = shared.keep;
+    int most = shared.source.count;
+    uint32 *sorted = most <= list_size ? ranks() : shared.workspace;
+    start_list();
+    for_each<P>([&](int id, float x) {
+        if (kept_weight<true>(keep, id, x)) sorted[append_place()] = rank_of(x);
+    });
+    __syncthreads();
+    int count = (int)shared.appended;
+    if (count < 3) return;
+    if (most <= list_size)
+        sort_shared(sorted, count);
+    else
+        sort_global(sorted, sorted + most, count);
+
+    auto weight = [&](int i) { return (int64)weight_of(halvings<true>(keep, logit_of(sorted[i]))); };
+    int run = (count - 2 + threads - 1) / threads;
+    int first = min((int)threadIdx.x * run, count - 2), last = min(first + run, count - 2);
+    uint64 before = 0, total = 0, limit = 0;
+    bool is_here = true;
+    // First the sums of all threads' runs, then once more along the run in which the limit is passed.
+#pragma unroll 1
+    for (int round = 0; round < 2; round++) {
+        uint64 sum = before;
+        int64 here = weight(first), next = weight(first + 1);
+#pragma unroll 1
+        for (int i = first; i < last && is_here; i++) {
+            int64 after = weight(i + 2);
+            sum += (uint64)llabs(here - 2 * next + after);
+            here = next, next = after;
+            if (round == 1 && limit < sum) {
+                shared.located = i;
+                break;
+            }
+        }
+        if (round == 0) {
+            before = block_prefix(sum, total);
+            limit = __double2ull_rd(__dmul_rn((double)shared.filters.tfs, __ull2double_rn(total)));
+            is_here = before <= limit && limit < before + sum;  // true for one thread
+        }
+    }
+    __syncthreads();
+    if (threadIdx.x == 0 && total > 0) {
+        int last_kept = shared.located;
+        uint32 rank = sorted[last_kept];
+        // How far the equal ranks go to either side, by bisection: sorted[begin] is the first, sorted[end] comes after.
+        int begin = 0, end = count;
+        for (int high = last_kept; begin < high;) {
+            int middle = (begin + high) / 2;
+            if (sorted[middle] < rank)
+                begin = middle + 1;
+            else
+                high = middle;
+        }
+        for (int low = last_kept + 1; low < end;) {
+            int middle = (low + end) / 2;
+            if (sorted[middle] > rank)
+                end = middle;
+            else
+                low = middle + 1;
+        }
+        uint64 tied = end - begin;
+        shared.plan.selects = true;
+        shared.selected = {rank, (uint64)(last_kept - begin + 1), 0, tied, tied * (uint64)weight(last_kept)};
+    }
+    __syncthreads();  // the compiler lets every thread look at the plan that settle_ties reads
+}
+
+// Tokens of at least the threshold go, but for the last of them.
+template <typename P>
+__device__ __forceinline__ void spare_the_last() {
+    typename P::Kept keep = shared.keep;
+    uint64 least = share_of(shared.measured.mass, shared.filters.xtc_threshold);
+    uint64 values[2] = {0, 0};  // how many, and the last
+    for_each<P>([&](int id, float x) {
+        if (kept_weight<true>(keep, id, x) >= least && (!shared.xtc_mask || shared.xtc_mask[id]))
+            values[0]++, values[1] = max(values[1], (uint64)rank_of(x) << 32 | (uint32)id);
+    });
+    block_reduce<2, 1>(values);
+    if (threadIdx.x == 0 && values[0] > 1) {
+        shared.keep.xtc_least = least;
+        shared.keep.spared_rank = (uint32)(values[1] >> 32);
+        shared.keep.spared_id = (int)(uint32)values[1];
+    }
+}
+
+__device__ __forceinline__ float probability_of(uint64 weight, uint64 total) {
+    return __double2float_rn(__ddiv_rn(__ull2double_rn(weight), __ull2double_rn(total)));
+}
+
+// The first tokens of the order, all that are kept at this moment, then id -1 of probability 0.
+template <typename P> __device__ __forceinline__ void write_first_tokens() {
+    typename P::Kept keep = shared.keep;
+    const Outputs outputs = shared.outputs;
+    start_list();
+    for_each<P>([&](int id, float x) {
+        if (kept_weight<true>(keep, id, x)) first_tokens()[append_place()] = (uint64)rank_of(x) << 32 | (uint32)id;
+    });
+    __syncthreads();
+    int found = (int)shared.appended;
+    sort_shared(first_tokens(), found);
+    for (int i = threadIdx.x; i < outputs.top_count; i += threads) {
+        int id = i < found ? (int)(uint32)first_tokens()[i] : -1;
+        uint64 weight = i < found ? kept_weight<true>(keep, id, logit_of((uint32)(first_tokens()[i] >> 32))) : 0;
+        if (outputs.top_ids) outputs.top_ids[i] = id;
+        if (outputs.top_probabilities) outputs.top_probabilities[i] = probability_of(weight, shared.measured.mass);
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) shared.keep.rank = shared.saved_rank, shared.keep.last_id = shared.saved_last_id;
+    __syncthreads();
+}
+
+// --- the row ----------------------------------------------------------------------------------------------------------
+
+// The histogram by distance; if at most list_size tokens can be left by the cuts and thresholds, a list of those.
+template <typename P> __device__ __forceinline__ void prepare() {
+    const Keep keep = shared.keep;
+    constexpr int run = Histogram::run;
+    histogram().clear();
+    for_each<P, true>([&](int, float x) {
+        float y = halvings<P::filtered>(keep, x);
+        if (y < most_halvings) histogram().add(bin_of(y), weight_of(y));
+    });
+    __syncthreads();
+    uint64 sums[2] = {0, 0};
+    for (int i = threadIdx.x * run; i < threadIdx.x * run + run; i++)
+        sums[0] += histogram().count[i], sums[1] += histogram().mass(i);
+    block_reduce<2, 2>(sums);
+    int top_k = shared.basics.top_k;
+    float top_p = shared.basics.top_p;
+    int last_bin = Histogram::size - 1;
+    if (top_k > 0 && top_k < sums[0]) {
+        last_bin = find_crossing(false, top_k).index;
+    } else if (top_p < 1.0f) {
+        last_bin = find_crossing(true, share_of(sums[1], top_p)).index;
+    } else {  // no more than the thresholds will be, and a bin to spare
+        float least = shared.basics.min_p;
+        if (P::filtered) least = fmaxf(least, shared.filters.top_a * (1099511627776.0f / (float)sums[1]));
+        if (least > 1e-12f) last_bin = (int)fmaxf(-__log2f(fminf(least, 1.0f)) * bins_per_halving, 0.0f) + 2;
+    }
+    uint64 within[1] = {0};
+    for (int i = threadIdx.x * run; i < threadIdx.x * run + run; i++)
+        if (i <= last_bin) within[0] += histogram().count[i];
+    block_reduce<1, 1>(within);
+    if (within[0] <= list_size)
+        make_list<P, true>([&](int, float x) {
+            float y = halvings<P::filtered>(keep, x);
+            return y < most_halvings && bin_of(y) <= last_bin;
+        });
+    if (threadIdx.x == 0) shared.count = sums[0], shared.mass = sums[1], shared.has_histogram = !shared.source.is_list;
+    __syncthreads();
+}
+
+// What is told of the drawn token, or of the one that a greedy row can give (none: -1). One thread.
+template <bool filtered> __device__ __forceinline__ void finish(int id, uint64 weight, uint64 total) {
+    *shared.outputs.out = id;
+    if constexpr (filtered) {
+        const Filters &filters = shared.filters;
+        const Outputs &outputs = shared.outputs;
+        if (outputs.probability) *outputs.probability = id < 0 ? 0.0f : probability_of(weight, total);
+        if (id >= 0 && filters.mirostat_tau > 0.0f && outputs.mu) {
+            double log_p = __dadd_rn(log2_recipe(__ull2double_rn(weight)), -log2_recipe(__ull2double_rn(total)));
+            double error = __dmul_rn((double)filters.mirostat_eta, __dadd_rn((double)filters.mirostat_tau, log_p));
+            *outputs.mu = __double2float_rn(__dadd_rn((double)*outputs.mu, error));
+        }
+    }
+}
+
+template <typename P> __device__ __forceinline__ void sample_row() {
+    constexpr bool filtered = P::filtered;
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    uint64 sum = x;
-    for (int step = 1; step < 32; step *= 2) {
-        uint64 below = __shfl_up_sync(0xffffffffu, sum, step);
-        if (lane >= step) sum += below;
-    }
-    if (lane == 31) partial[warp] = sum;
+
+    // --- the maximum: lowest rank, then lowest id
+    uint64 best = (uint64)rank_of_nan << 32;
+    for_each<P, true>([&](int id, float x) { best = min(best, (uint64)rank_of(x) << 32 | (uint32)id); });
+    for (int step = 16; step > 0; step /= 2) best = min(best, __shfl_xor_sync(0xffffffffu, best, step));
+    if (lane == 0) shared.partial[warp] = best;
     __syncthreads();
-    uint64 before = 0;
-    total = 0;
 #pragma unroll 4
-    for (int w = 0; w < segments; w++) {
-        if (w == warp) before = total;
-        total += partial[w];
+    for (int w = 0; w < warps; w++) best = min(best, shared.partial[w]);
+    uint32 best_rank = (uint32)(best >> 32);
+    int best_id = best_rank >= rank_of_minus_infinity ? -1 : (int)(uint32)best;
+
+    float temperature = shared.basics.temperature;
+    bool is_greedy = !(temperature > 0.0f && temperature < infinity_float()) || shared.basics.top_k == 1;
+    if (is_greedy || best_rank == rank_of_infinity || best_id < 0) {
+        if (threadIdx.x == 0) finish<filtered>(best_id, 1, 1);
+        if constexpr (filtered)
+            for (int i = threadIdx.x; i < shared.outputs.top_count; i += threads) {
+                if (shared.outputs.top_ids) shared.outputs.top_ids[i] = i == 0 ? best_id : -1;
+                if (shared.outputs.top_probabilities)
+                    shared.outputs.top_probabilities[i] = i == 0 && best_id >= 0 ? 1.0f : 0.0f;
+            }
+        return;
+    }
+    if (threadIdx.x == 0) {
+        bool is_squared = filtered && shared.filters.smoothing > 0.0f;
+        float scale = is_squared ? __fmul_rn(1.44269502f, shared.filters.smoothing) : 1.44269502f;
+        scale = fminf(__fdiv_rn(scale, temperature), largest_float);  // finite, so that 0 * scale is 0
+        shared.keep = {};
+        shared.keep.maximum = logit_of(best_rank), shared.keep.scale = scale, shared.keep.is_squared = is_squared;
+        shared.keep.rank = rank_of_nan, shared.keep.last_id = any_id;
+        shared.keep.farthest = 0xffffffffu, shared.keep.xtc_least = ~(uint64)0;
+        shared.located = best_id;
     }
     __syncthreads();
-    return before + sum - x;
-}
+    bool narrows_order = is_on<filtered>(cut_by_count) || is_on<filtered>(cut_by_mass);
+    if (narrows_order || (filtered && (shared.filters.top_a > 0.0f || is_on<filtered>(relist)))) prepare<P>();
 
-// The bin in which a cumulative count or mass reaches `want`, and the sums of the bins before it.
-struct Crossing {
-    int index;
-    uint64 count, mass;
-};
-
-template <int size>
-__device__ Crossing find_crossing(
-    const Histogram<size> &histogram, bool is_by_mass, uint64 want, uint64 *partial, Crossing *shared) {
-    constexpr int run = size / threads;
-    int first = threadIdx.x * run;
-    uint64 count = 0, mass = 0, total;
-    for (int i = first; i < first + run; i++) count += histogram.count[i], mass += histogram.mass(i);
-    count = block_prefix(count, partial, total);
-    mass = block_prefix(mass, partial, total);
-    for (int i = first; i < first + run; i++) {
-        uint64 before = is_by_mass ? mass : count;
-        uint64 here = is_by_mass ? histogram.mass(i) : histogram.count[i];
-        if (before < want && want <= before + here) *shared = {i, count, mass};  // true for one bin of one thread
-        count += histogram.count[i], mass += histogram.mass(i);
+#pragma unroll 1
+    for (int stage = cut_by_count; stage <= draw; stage++) {
+        if (!is_on<filtered>(stage) || (stage == relist && shared.source.is_list)) continue;
+        if constexpr (filtered) {
+            if (is_measured<filtered>(stage) || stage == relist) measure<P>();
+            if (stage == relist) {
+                typename P::Kept keep = shared.keep;
+                if (shared.measured.count <= list_size)
+                    make_list<P, false>([&](int id, float x) { return kept_weight<true>(keep, id, x) != 0; });
+                continue;
+            }
+        }
+        if (threadIdx.x == 0) make_plan<filtered>(stage);
+        __syncthreads();
+        if (shared.plan.selects) select<P>();
+        if constexpr (filtered) {
+            if (stage == tail_free) select_tail_free<P>();
+            if (stage == exclude_top) spare_the_last<P>();
+        }
+        if (threadIdx.x == 0) settle_ties<filtered>(stage);
+        __syncthreads();
+        if (shared.plan.locates) locate<P>();
+        if (threadIdx.x == 0) narrow(stage);
+        __syncthreads();
+        if constexpr (filtered)
+            if (stage == write_top) write_first_tokens<P>();
     }
-    __syncthreads();
-    Crossing found = *shared;
-    __syncthreads();
-    return found;
+    if (threadIdx.x == 0) {
+        int id = shared.located;
+        float x = to_float(((const typename P::X *)shared.source.row)[id]);
+        bool is_skewed = filtered && shared.plan.selects;
+        finish<filtered>(
+            id, filtered ? kept_weight<filtered>(shared.keep, id, x) : 1,
+            is_skewed ? shared.measured.mass : shared.total);
+    }
 }
-
-// Tokens up to a place in the order: every smaller rank, and the `ties` lowest ids of `rank`. `mass`: their weight.
-struct Cut {
-    uint32 rank;
-    uint64 ties, mass;
-    bool splits_a_tie;
-};
 
 // A setting is one number for all rows, or an array when its pointer is not null.
 template <typename T> __device__ __forceinline__ T setting(const T *per_row, T for_all) {
@@ -128,160 +447,72 @@ template <typename T> __device__ __forceinline__ T setting(const T *per_row, T f
 template <typename X, int vector>
 __global__ void __launch_bounds__(threads) sample(
     const X *logits,            // [rows, vocab]
-    const float *temperatures,  // [rows] or null, as the next five
+    const float *temperatures,  // [rows] or null, as the five below; the number is then for all rows
+    float temperature,          //
     const int *top_ks,          // [rows]
+    int top_k,                  //
     const float *top_ps,        // [rows]
+    float top_p,                //
     const float *min_ps,        // [rows]
+    float min_p,                //
     const uint64 *seeds,        // [rows]
+    uint64 seed,                //
     const uint64 *steps,        // [rows]
+    uint64 step,                //
     int *out,                   // [rows]
-    int vocab, float temperature_for_all, int top_k_for_all, float top_p_for_all, float min_p_for_all,
-    uint64 seed_for_all, uint64 step_for_all) {
-    __shared__ Histogram<1024> by_distance;
-    __shared__ Histogram<2048> by_digit;
-    __shared__ uint64 partial[segments];
-    __shared__ Crossing crossing;
-    __shared__ int located;
-
-    const X *row = logits + (int64)blockIdx.x * vocab;
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    int segment = ((vocab + segments - 1) / segments + 127) / 128 * 128;  // whole, aligned vectors for every lane
-
-    // body(id, logit) for every token of the row. Several loads are in flight at a time.
-    auto for_each = [&](auto body) {
-        constexpr int batch = 4, stride = 32 * vector;
-        int end = min((warp + 1) * segment, vocab);
-        for (int at = warp * segment + lane * vector; at < end; at += batch * stride) {
-            Vector<X, vector> values[batch];
-#pragma unroll
-            for (int b = 0; b < batch; b++)
-                if (at + b * stride < end) values[b] = *(const Vector<X, vector> *)(row + at + b * stride);
-#pragma unroll
-            for (int b = 0; b < batch; b++)
-                if (at + b * stride < end)
-#pragma unroll
-                    for (int i = 0; i < vector; i++) body(at + b * stride + i, to_float(values[b][i]));
-        }
-    };
-
-    // The first id at which the cumulative sum of quantity(id, logit), in id order, exceeds pick(total).
-    auto locate = [&](auto quantity, auto pick) -> int {
-        uint64 sum = 0;
-        for_each([&](int id, float x) { sum += quantity(id, x); });
-        for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
-        if (lane == 0) partial[warp] = sum;
-        __syncthreads();
-        uint64 total = 0;
-#pragma unroll 4
-        for (int w = 0; w < segments; w++) total += partial[w];
-        uint64 target = pick(total);
-        int chosen = 0;
-        for (; chosen < segments - 1 && target >= partial[chosen]; chosen++) target -= partial[chosen];
-        __syncthreads();
-
-        int run = (segment + threads - 1) / threads;
-        int first = chosen * segment + threadIdx.x * run;
-        int last = min(min(first + run, (chosen + 1) * segment), vocab);
-        sum = 0;
-        for (int id = first; id < last; id++) sum += quantity(id, to_float(row[id]));
-        uint64 before = block_prefix(sum, partial, total);
-        if (before <= target && target < before + sum)  // true for one thread
-            for (int id = first; id < last; id++) {
-                before += quantity(id, to_float(row[id]));
-                if (target < before) {
-                    located = id;
-                    break;
-                }
-            }
-        __syncthreads();
-        int id = located;
-        __syncthreads();
-        return id;
-    };
-
-    // --- the maximum: lowest rank, then lowest id
-    uint64 best = (uint64)rank_of_nan << 32;
-    for_each([&](int id, float x) { best = min(best, (uint64)rank_of(x) << 32 | (uint32)id); });
-    for (int step = 16; step > 0; step /= 2) best = min(best, __shfl_xor_sync(0xffffffffu, best, step));
-    if (lane == 0) partial[warp] = best;
-    __syncthreads();
-#pragma unroll 4
-    for (int w = 0; w < segments; w++) best = min(best, partial[w]);
-    __syncthreads();
-    uint32 best_rank = (uint32)(best >> 32);
-    int best_id = (int)(uint32)best;
-
-    float temperature = setting(temperatures, temperature_for_all);
-    int top_k = setting(top_ks, top_k_for_all);
-    bool is_greedy = !(temperature > 0.0f && temperature < infinity_float()) || top_k == 1;
-    if (is_greedy || best_rank == rank_of_infinity || best_rank >= rank_of_minus_infinity) {
-        if (threadIdx.x == 0) out[blockIdx.x] = best_rank >= rank_of_minus_infinity ? -1 : best_id;
-        return;
+    int vocab) {
+    int64 row = blockIdx.x;
+    if (threadIdx.x == 0) {
+        shared.basics = {setting(temperatures, temperature), setting(top_ks, top_k), setting(top_ps, top_p),
+            setting(min_ps, min_p), setting(seeds, seed), setting(steps, step)};
+        shared.source = {logits + row * vocab, vocab, false};
+        shared.outputs.out = out + row;
     }
-    float maximum = to_float(row[best_id]);
-    float scale = fminf(__fdiv_rn(1.44269502f, temperature), 3.40282347e38f);  // finite, so that 0 * scale is 0
-    auto bin_of = [&](float y) { return (int)__fmul_rn(y, bins_per_halving); };
+    __syncthreads();
+    sample_row<Passes<X, vector, false>>();
+}
 
-    // --- where the order is cut: first by count (top-k), then by mass (top-p) among what is left
-    auto select = [&](bool is_by_mass, uint64 want) -> Cut {
-        Crossing found = find_crossing(by_distance, is_by_mass, want, partial, &crossing);
-        want -= is_by_mass ? found.mass : found.count;
-        int bin = found.index;
-        uint64 mass = found.mass;
-        uint32 prefix = 0;
-        for (int shift = 22; shift >= 0; shift -= 11) {
-            by_digit.clear();
-            for_each([&](int, float x) {
-                float y = halvings(maximum, x, scale);
-                uint32 rank = rank_of(x);
-                if (y < most_halvings && bin_of(y) == bin && (uint64)rank >> (shift + 11) == prefix)
-                    by_digit.add(rank >> shift & 2047, weight_of(y));
-            });
-            __syncthreads();
-            found = find_crossing(by_digit, is_by_mass, want, partial, &crossing);
-            want -= is_by_mass ? found.mass : found.count;
-            mass += found.mass;
-            prefix = prefix << 11 | found.index;
-        }
-        uint64 tied = by_digit.count[found.index], weight = by_digit.mass(found.index) / tied;  // one rank, one weight
-        uint64 ties = is_by_mass ? (want + weight - 1) / weight : want;
-        __syncthreads();
-        return {prefix, ties, mass + ties * weight, ties < tied};
-    };
-
-    Cut cut = {rank_of_nan, 0, 0, false};
-    float top_p = setting(top_ps, top_p_for_all);
-    if (top_k > 0 || top_p < 1.0f) {
-        by_distance.clear();
-        for_each([&](int, float x) {
-            float y = halvings(maximum, x, scale);
-            if (y < most_halvings) by_distance.add(bin_of(y), weight_of(y));
-        });
-        __syncthreads();
-        uint64 count;
-        block_prefix(by_distance.count[threadIdx.x], partial, count);
-        block_prefix(by_distance.mass(threadIdx.x), partial, cut.mass);
-        if (top_k > 0 && top_k < count) cut = select(false, top_k);
-        if (top_p < 1.0f) {
-            uint64 want = __double2ull_ru(__dmul_rn((double)top_p, __ull2double_rn(cut.mass)));
-            cut = select(true, min(max(want, (uint64)1), cut.mass));
-        }
+template <typename X, int vector>
+__global__ void __launch_bounds__(threads) sample_filtered(
+    const X *logits,            // [rows, vocab]
+    const float *temperatures,  // [rows] or null, as the five below; the number is then for all rows
+    float temperature,          //
+    const int *top_ks,          // [rows]
+    int top_k,                  //
+    const float *top_ps,        // [rows]
+    float top_p,                //
+    const float *min_ps,        // [rows]
+    float min_p,                //
+    const uint64 *seeds,        // [rows]
+    uint64 seed,                //
+    const uint64 *steps,        // [rows]
+    uint64 step,                //
+    const Filters *table,       // [rows] or null; the 13 numbers are then for all rows
+    float top_a, float tfs, float typical, float mirostat_tau, float mirostat_eta, float post_temperature,
+    float min_temp, float max_temp, float temp_exponent, float xtc_probability, float xtc_threshold, float smoothing,
+    float skew,
+    const uint8 *xtc_mask,     // [vocab] or null
+    int *out,                  // [rows]
+    float *mu,                 // [rows] or null, as the next three
+    float *probabilities,      // [rows]
+    int *top_ids,              // [rows, top_count]
+    float *top_probabilities,  // [rows, top_count]
+    uint32 *workspace,         // [rows, 2, vocab], only where tail-free sampling may meet more than list_size tokens
+    int vocab, int top_count) {
+    int64 row = blockIdx.x;
+    auto of_row = [&](auto *values, int64 width) { return values ? values + row * width : nullptr; };
+    if (threadIdx.x == 0) {
+        shared.basics = {setting(temperatures, temperature), setting(top_ks, top_k), setting(top_ps, top_p),
+            setting(min_ps, min_p), setting(seeds, seed), setting(steps, step)};
+        shared.filters = {top_a, tfs, typical, mirostat_tau, mirostat_eta, post_temperature, min_temp, max_temp,
+            temp_exponent, xtc_probability, xtc_threshold, smoothing, skew};
+        if (table) shared.filters = table[row];
+        shared.source = {logits + row * vocab, vocab, false};
+        shared.outputs = {out + row, of_row(mu, 1), of_row(probabilities, 1), of_row(top_ids, top_count),
+            of_row(top_probabilities, top_count), top_count};
+        shared.xtc_mask = xtc_mask;
+        shared.workspace = of_row(workspace, 2 * (int64)vocab);
     }
-    int last_tie = vocab;
-    if (cut.splits_a_tie)
-        last_tie = locate(
-            [&](int, float x) -> uint64 { return rank_of(x) == cut.rank; }, [&](uint64) { return cut.ties - 1; });
-
-    // --- the draw
-    uint64 least = min(__float2ull_ru(__fmul_rn(setting(min_ps, min_p_for_all), 1099511627776.0f)), (uint64)1 << 40);
-    uint64 random = philox_bits(setting(seeds, seed_for_all), setting(steps, step_for_all));
-    int id = locate(
-        [&](int id, float x) -> uint64 {
-            uint32 rank = rank_of(x);
-            bool is_kept = rank < cut.rank || (rank == cut.rank && id <= last_tie);
-            uint64 weight = is_kept ? weight_of(halvings(maximum, x, scale)) : 0;
-            return weight >= least ? weight : 0;
-        },
-        [&](uint64 total) { return __umul64hi(random, total); });
-    if (threadIdx.x == 0) out[blockIdx.x] = id;
+    __syncthreads();
+    sample_row<Passes<X, vector, true>>();
 }

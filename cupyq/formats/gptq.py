@@ -10,9 +10,10 @@
 | g_idx   | I32           | [K]          | optional: group of each row. All zero with G > 1 means absent       |
 | bias    | as scales     | [N]          | optional                                                           |
 
-Zeros come in two conventions that the tensors do not tell apart ("checkpoint_format": "gptq_v2" in config.json does):
-v1 stores zero - 1, v2 stores zero. A v1 zero is stored + 1 without wrapping, so 1 to 2^b; LoRAX and its Triton kernel
-wrap 2^b to 0, which differs for a stored 2^b - 1 only. RN16 rounds to the nearest fp16, ties to even.
+Zeros come in conventions that the tensors do not tell apart ("checkpoint_format": "gptq_v2" in config.json does):
+v1 stores zero - 1, v2 stores zero. A v1 zero is stored + 1 without wrapping, so 1 to 2^b. LoRAX and its Triton kernel
+read v1 files with 2^b wrapped to 0, here "v1-wrapped": it differs for a stored 2^b - 1 only. RN16 rounds to the nearest
+fp16, ties to even.
 Source: exllamav2 0.3.2 (q_matrix.cu, ext.py) for 4 bits; AutoGPTQ (qlinear) for the other widths.
 """
 
@@ -153,11 +154,18 @@ def gptq_scales(scales: np.ndarray, name: str = "") -> np.ndarray:
 
 
 def unpack_gptq(tensors: Mapping[str, np.ndarray], layout: GptqLayout, *, zeros: str = "v1") -> tuple[np.ndarray, np.ndarray]:
-    """(codes uint8 [K, N] in original row order, true zeros int16 [G, N]: stored + 1 for v1, stored for v2)."""
-    _check_convention("zeros", zeros)
+    """(codes uint8 [K, N] in original row order, true zeros int16 [G, N] as `zero_rule` says)."""
+    offset, mask = zero_rule(zeros, layout.bits)
     codes = unpack_rows(tensors["qweight"], layout.bits, layout.k)
     stored = unpack_cols(tensors["qzeros"], layout.bits, layout.n).astype(np.int16)
-    return codes, stored + np.int16(1) if zeros == "v1" else stored
+    return codes, (stored + np.int16(offset)) & np.int16(mask)
+
+
+def zero_rule(zeros: str, bits: int) -> tuple[int, int]:
+    """(offset, mask) of a convention: the zero point is (stored + offset) & mask."""
+    _check_convention("zeros", zeros)
+    wrapped = (1 << bits) - 1
+    return {"v1": (1, 2 * wrapped + 1), "v2": (0, wrapped), "v1-wrapped": (1, wrapped)}[zeros]
 
 
 def dequantize_gptq(
@@ -193,9 +201,9 @@ def pack_gptq(
 ) -> dict[str, np.ndarray]:
     """Tensors of a layer as a checkpoint has them: qweight, qzeros, scales, and g_idx unless row_group is None.
 
-    codes [K, N] integers in original row order, 0 to 2^bits - 1; zeros [G, N] true zero points, 1 to 2^bits for v1 and
-    0 to 2^bits - 1 for v2; scales [G, N] float16, float32 or bfloat16, copied as they are; row_group [K] integers.
-    ValueError, TypeError or FormatError says what does not fit. No argument is changed.
+    codes [K, N] integers in original row order, 0 to 2^bits - 1; zeros [G, N] true zero points, 1 to 2^bits for v1,
+    0 to 2^bits - 1 for the other conventions; scales [G, N] float16, float32 or bfloat16, copied as they are; row_group [K]
+    integers. ValueError, TypeError or FormatError says what does not fit. No argument is changed.
     """
     _check_convention("version", version)
     if bits not in GPTQ_WIDTHS:
@@ -211,7 +219,7 @@ def pack_gptq(
         )
     tensors = {
         "qweight": pack_rows(codes, bits),
-        "qzeros": pack_cols(zeros.astype(np.int32) - lowest, bits),
+        "qzeros": pack_cols((zeros.astype(np.int32) - zero_rule(version, bits)[0]) & (1 << bits) - 1, bits),
         "scales": np.array(scales),
     }
     if row_group is not None:
@@ -224,5 +232,7 @@ def pack_gptq(
 
 
 def _check_convention(argument: str, value: str) -> None:
-    if value not in ("v1", "v2"):
-        raise ValueError(f"{argument}: {value!r}, expected 'v1' (zero - 1 is stored) or 'v2' (zero is stored)")
+    if value not in ("v1", "v2", "v1-wrapped"):
+        raise ValueError(
+            f"{argument}: {value!r}, expected 'v1' (zero - 1 is stored), 'v2' (zero is stored) or 'v1-wrapped' (modulo 2^bits)"
+        )

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from cupyq.generate.sampler import MAX_SEED, SamplerSettings
+from cupyq.generate.sampler import MAX_SEED, Sampler, SamplerSettings
 
 
 @dataclass(frozen=True)
@@ -49,14 +49,16 @@ def generate(
     max_new_tokens: int = 128,
     settings: SamplerSettings | None = None,
     stop_ids: Collection[int] = (),
+    adapters: Any = None,
     on_token: Callable[[int], Any] | None = None,
 ) -> Result:
     """Continue `prompt_ids` by up to `max_new_tokens` tokens.
 
     The whole prompt passes the model once; then every drawn token is fed back with the cache. A token of `stop_ids` ends the
-    generation. `on_token(token)` is called for each new token as soon as it is known. The same model, prompt, settings and
-    seed give the same tokens. ValueError / TypeError for an empty prompt, ids outside the vocabulary, and a prompt and
-    max_new_tokens that do not fit the model's context together.
+    generation. `adapters` are the LoRA adapters to use, as `Model.forward` takes them. `on_token(token)` is called for each
+    new token as soon as it is known. The same model, prompt, adapters, settings and seed give the same tokens.
+    ValueError / TypeError for an empty prompt, ids outside the vocabulary, and a prompt and max_new_tokens that do not fit
+    the model's context together.
     """
     settings = SamplerSettings() if settings is None else settings
     prompt = check_ids(prompt_ids, model.config.vocab_size, "prompt_ids")
@@ -78,11 +80,14 @@ def generate(
     step = 0
 
     start = time.perf_counter()
+    sampler = Sampler(settings, model.xp, model.config.vocab_size, prompt, len(prompt) + max_new_tokens, seed)
     cache = model.new_cache(batch=1, capacity=needed)
     ids = model.xp.asarray(np.array([prompt], np.int32))
     first = last = start
+    chosen = {} if adapters is None else {"adapters": adapters}  # models without adapters need not know of them
     for step in range(max_new_tokens):
-        ids = _next_ids(model, ids, cache, settings, seed, step)
+        logits = model.forward(ids, cache, last_only=True, **chosen)[:, -1]
+        ids = sampler.draw(model.xp.ascontiguousarray(logits), step)[:, None]
         token = int(ids[0, 0])  # the one place where a GPU is waited for
         if token < 0:
             raise ValueError(f"the model's logits at position {len(prompt) + step - 1} are not finite: its weights are damaged")
@@ -95,21 +100,6 @@ def generate(
         if on_token is not None:
             on_token(token)
     return Result(tokens, prompt, stopped_by, seed, first - start, last - first, step + 1)
-
-
-def _next_ids(model: Any, ids: Any, cache: Any, settings: SamplerSettings, seed: int, step: int) -> Any:
-    from cupyq.ops.sampling import sample
-
-    logits = model.forward(ids, cache, last_only=True)[:, -1]
-    return sample(
-        model.xp.ascontiguousarray(logits),
-        temperature=settings.temperature,
-        top_k=settings.top_k,
-        top_p=settings.top_p,
-        min_p=settings.min_p,
-        seed=seed,
-        step=step,
-    )[:, None]
 
 
 def check_ids(ids: Sequence[int] | np.ndarray, vocab_size: int, name: str) -> list[int]:

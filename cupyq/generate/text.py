@@ -1,11 +1,13 @@
 """Text to tokens and back, by the `tokenizers` library and a model folder's tokenizer.json."""
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from cupyq.errors import FormatError
+from cupyq.generate.sampler import SamplerSettings
 
 _REPLACEMENT = "\ufffd"  # what decoders put in place of bytes that are no complete UTF-8 character
 
@@ -34,6 +36,25 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
 def encode(tokenizer: Any, text: str, *, special: bool = True) -> list[int]:
     """Token ids of a text; `special` adds what the tokenizer puts round a prompt, such as a start token."""
     return list(tokenizer.encode(text, add_special_tokens=special).ids)
+
+
+def tokens_containing(tokenizer: Any, characters: str) -> list[int]:
+    """Ids of the tokens whose text has one of the characters, and of all special tokens."""
+    special = {index for index, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    found = {index for index in range(tokenizer.get_vocab_size()) if set(tokenizer.decode([index])) & set(characters)}
+    return sorted(special | found)
+
+
+def with_special_tokens(settings: SamplerSettings, tokenizer: Any) -> SamplerSettings:
+    """The settings with exllamav2's choice of dry_breakers and xtc_protected, where these are wanted and none are given.
+
+    Punctuation, brackets, quotes, newlines and special tokens end a repetition; XTC leaves newlines and special tokens.
+    """
+    if settings.dry_multiplier > 0 and not settings.dry_breakers:
+        settings = dataclasses.replace(settings, dry_breakers=tokens_containing(tokenizer, '.,!?<>[](){}\n\t"'))
+    if settings.xtc_probability > 0 and not settings.xtc_protected:
+        settings = dataclasses.replace(settings, xtc_protected=tokens_containing(tokenizer, "\n"))
+    return settings
 
 
 class StreamDecoder:

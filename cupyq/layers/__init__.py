@@ -2,11 +2,30 @@
 
 from cupyq.layers.attention import Attention, Step
 from cupyq.layers.cache import KVCache
-from cupyq.layers.decoder import DecoderLayer
+from cupyq.layers.decoder import DecoderLayer, ParallelDecoderLayer
 from cupyq.layers.linear import Linear
+from cupyq.layers.lora import Adapter, LoraWeights, Selection
 from cupyq.layers.mlp import MLP
 from cupyq.layers.moe import MoE
-from cupyq.layers.norm import RMSNorm
+from cupyq.layers.norm import HeadNorm, LayerNorm, RMSNorm
+from cupyq.layers.quant_linear import QuantLinear
 from cupyq.ops.qmatrix import QMatrix
 
-__all__ = ["MLP", "Attention", "DecoderLayer", "KVCache", "Linear", "MoE", "QMatrix", "RMSNorm", "Step"]
+__all__ = [
+    "MLP",
+    "Adapter",
+    "Attention",
+    "DecoderLayer",
+    "HeadNorm",
+    "KVCache",
+    "LayerNorm",
+    "Linear",
+    "LoraWeights",
+    "MoE",
+    "ParallelDecoderLayer",
+    "QMatrix",
+    "QuantLinear",
+    "RMSNorm",
+    "Selection",
+    "Step",
+]

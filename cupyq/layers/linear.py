@@ -8,11 +8,14 @@ from cupyq.ops.qmatrix import QMatrix
 
 
 class Linear:
-    """y = x @ W + bias, with W a QMatrix (which holds its own bias) or an array [N, K], as checkpoints store it."""
+    """y = x @ W + bias, with W a QMatrix (which holds its own bias) or an array [N, K], as checkpoints store it.
+
+    `lora`: the LoraWeights of the adapters loaded for this projection, or None.
+    """
 
     def __init__(self, weight, bias=None, name="", stored_dtype=None):
         """`stored_dtype`: of an unquantized weight in its checkpoint, where that is not the weight's own."""
-        self.weight, self.name = weight, name
+        self.weight, self.name, self.lora = weight, name, None
         self.is_quantized = isinstance(weight, QMatrix)
         self.n, self.k = (weight.n, weight.k) if self.is_quantized else weight.shape
         if self.is_quantized and bias is not None:
@@ -21,11 +24,19 @@ class Linear:
         if not self.is_quantized:
             self.stored_dtype = np.dtype(stored_dtype or weight.dtype)
 
-    def __call__(self, x, out=None, dtype=None):
-        """x [..., K] -> [..., N]; of `dtype` (default: x's), or into `out`."""
+    def __call__(self, x, out=None, dtype=None, adapters=None):
+        """x [..., K] -> [..., N]; of `dtype` (default: x's), or into `out`.
+
+        adapters: a Selection, whose adapters add what they have for this projection, in fp32 before a second rounding; the
+        rows of x are then the rows of its requests, in equal shares.
+        """
         if self.is_quantized:
-            return qmatmul(x, self.weight, dtype=dtype, out=out)
-        return matmul(x, self.weight, transpose=True, bias=self.bias, dtype=dtype, out=out)
+            y = qmatmul(x, self.weight, dtype=dtype, out=out)
+        else:
+            y = matmul(x, self.weight, transpose=True, bias=self.bias, dtype=dtype, out=out)
+        if adapters is not None and self.lora is not None:
+            self.lora.add_to(y, x, adapters)
+        return y
 
     @property
     def kind(self):

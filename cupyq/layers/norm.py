@@ -1,6 +1,6 @@
-"""RMSNorm with its weight."""
+"""Norms with their weights, of whole rows and of single heads."""
 
-from cupyq.ops.norm import rms_norm
+from cupyq.ops.norm import head_norm, layer_norm, rms_norm
 
 
 class RMSNorm:
@@ -13,6 +13,31 @@ class RMSNorm:
     def __init__(self, weight, eps):
         self.weight, self.eps = weight, eps
 
-    def __call__(self, x, dtype=None):
-        """x [..., dim] -> the same shape, of `dtype` (default: x's)."""
-        return rms_norm(x, self.weight, eps=self.eps, dtype=dtype)
+    def __call__(self, x, dtype=None, residual=None, out=None):
+        """x [..., dim] -> the same shape, of `dtype` (default: x's); with a residual, the sum of the two, in its dtype."""
+        return rms_norm(x, self.weight, eps=self.eps, dtype=dtype, residual=residual, out=out)
+
+
+class LayerNorm:
+    """(x - mean) * weight / sqrt(variance + eps) + bias, over the last axis; bias may be None."""
+
+    def __init__(self, weight, bias, eps):
+        self.weight, self.bias, self.eps = weight, bias, eps
+
+    def __call__(self, x, dtype=None, residual=None, out=None):
+        """As RMSNorm's."""
+        return layer_norm(x, self.weight, self.bias, eps=self.eps, dtype=dtype, residual=residual, out=out)
+
+
+class HeadNorm:
+    """One of the two norms ("rms" or "layer") over each head's head_dim values, plus bias, which may be None.
+
+    weight and bias are [head_dim], one for all heads, or [heads, head_dim].
+    """
+
+    def __init__(self, weight, bias=None, *, eps=1e-6, kind="rms"):
+        self.weight, self.bias, self.eps, self.kind = weight, bias, eps, kind
+
+    def __call__(self, x):
+        """x [..., heads, head_dim], changed in place and returned."""
+        return head_norm(x, self.weight, self.bias, eps=self.eps, kind=self.kind, out=x)

@@ -29,6 +29,7 @@ _ACTIVATIONS = {
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
 }
 
 _LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
@@ -67,7 +68,7 @@ class ModelConfig:
     """The context that is served: max_position_embeddings, or what load_model was asked for."""
     rms_norm_eps: float
     activation: str
-    """silu, gelu or gelu_tanh."""
+    """silu, gelu, gelu_tanh or relu."""
     rope_theta: float
     rope_scaling: Mapping[str, Any] | None
     """None, or {"rope_type": ..., and that type's numbers}, as `rope_tables` takes it."""

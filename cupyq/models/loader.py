@@ -10,24 +10,23 @@ from typing import Any
 
 import numpy as np
 
-from cupyq import _device, _kernels
+from cupyq import _device
 from cupyq._arrays import bfloat16, float16, float32, require_cupy
 from cupyq._progress import progress
 from cupyq.errors import BackendError, FormatError, UnsupportedError
 from cupyq.formats.safetensors import Checkpoint
-from cupyq.layers import MLP, Attention, DecoderLayer, Linear, MoE, RMSNorm
+from cupyq.layers import MLP, Attention, DecoderLayer, HeadNorm, Linear, MoE, RMSNorm
 from cupyq.models import upload
 from cupyq.models.config import ModelConfig
 from cupyq.models.model import Model
 from cupyq.models.upload import Wanted
+from cupyq.models.warmup import compile_kernels
 from cupyq.ops.qmatrix import QMatrix
 from cupyq.ops.rope import rope_tables
-from cupyq.ops.sampling import sample
 
 _DTYPES = {"float16": float16, "bfloat16": bfloat16, "float32": float32}
 _EXL2_TENSORS = ("q_weight", "q_scale", "q_scale_max", "q_groups", "q_invperm")
 _ON_HOST = ("q_scale_max", "q_groups", "q_invperm", "g_idx")
-_TRACED_LENGTHS = (1, 16, 32, 64, 128)  # prompts for which ops/qmatmul.py takes different kernels
 
 
 def load_model(
@@ -59,7 +58,7 @@ def load_model(
     with Checkpoint(path) as checkpoint:
         model = _load(config, checkpoint, xp, activations)
     if xp is not np:
-        _compile_kernels(model)
+        compile_kernels(model)
     return model
 
 
@@ -297,7 +296,8 @@ def _plan_attention(plan: _Plan, config: ModelConfig, layer: int, key: str) -> C
     norms = [plan.norm_weight(f"{key}.{name}", head_dim) for name in norm_names]
 
     def finish() -> Attention:
-        q_norm, k_norm = (norm.value for norm in norms) if norms else (None, None)
+        head_norms = [HeadNorm(norm.value, eps=config.rms_norm_eps) for norm in norms]
+        q_norm, k_norm = head_norms or (None, None)
         return Attention(
             q.value,
             k.value,
@@ -310,7 +310,6 @@ def _plan_attention(plan: _Plan, config: ModelConfig, layer: int, key: str) -> C
             softcap=config.attention_softcap,
             q_norm=q_norm,
             k_norm=k_norm,
-            eps=config.rms_norm_eps,
         )
 
     return finish
@@ -329,20 +328,3 @@ def _plan_experts(plan: _Plan, config: ModelConfig, key: str) -> Callable[[], Mo
     router = plan.linear(f"{key}.{row.router}", config.hidden_size, config.num_experts)
     experts = [_plan_mlp(plan, config, f"{key}.{row.experts}.{expert}") for expert in range(config.num_experts)]
     return lambda: MoE(router.value, [expert() for expert in experts], config.num_experts_per_tok)
-
-
-def _compile_kernels(model: Model) -> None:
-    """Compile, in parallel, what prompts and decoding steps launch: they are run with the launches left out."""
-    capacity = min(_TRACED_LENGTHS[-1] + 1, model.config.max_seq_len)
-    with _kernels.tracing() as wanted:
-        cache = model.new_cache(capacity=capacity)
-        for seq in _TRACED_LENGTHS:
-            cache.reset()
-            model.forward(np.zeros(min(seq, capacity), np.int32), cache)
-        # A step behind many keys, which attention spreads over several blocks and then combines.
-        cache.truncate(min(cache.length, capacity - 1))
-        logits = model.forward([0], cache)
-        sample(logits.reshape(1, -1))
-        model.forward(np.zeros(capacity, np.int32))
-    if wanted:
-        _kernels.compile_all([instance for instance, _ in wanted], wanted[0][1])

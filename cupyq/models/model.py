@@ -1,5 +1,6 @@
 """A decoder and its ends: token ids in, logits out."""
 
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -7,7 +8,10 @@ import numpy as np
 
 from cupyq._arrays import float32, is_cupy
 from cupyq.layers import DecoderLayer, KVCache, Linear, RMSNorm, Step
+from cupyq.layers.lora import Selection
+from cupyq.models.adapters import AdapterTable
 from cupyq.models.config import ModelConfig
+from cupyq.models.warmup import compile_kernels
 from cupyq.ops.activation import softcap
 from cupyq.ops.embedding import embedding
 
@@ -50,6 +54,7 @@ class Model:
         self.sin, self.cos = sin, cos
         self.parameters = parameters
         """Weights of the whole model; tied ones count once."""
+        self._adapters = AdapterTable(xp, dtype)
         self._embedding_scale = config.hidden_size**0.5 if config.architecture.scales_embedding else 1.0
 
     @property
@@ -79,6 +84,39 @@ class Model:
         kinds = {linear.kind for linear in self._decoder_linears()}
         return kinds.pop() if len(kinds) == 1 else "mixed"
 
+    # --- adapters ---
+
+    @property
+    def adapters(self) -> list[str]:
+        """Names of the loaded LoRA adapters, in the order they were loaded."""
+        return self._adapters.names
+
+    def load_adapter(self, folder: str | os.PathLike[str], name: str | None = None, scaling: float = 1.0) -> str:
+        """Load a LoRA adapter from a PEFT folder, beside those already loaded -> its name (default: the folder's).
+
+        The folder holds adapter_config.json and adapter_model.safetensors; `scaling` multiplies what its config says.
+        Any projection of the decoder, its experts and routers included, and lm_head may have a part, of any rank. The
+        adapter takes effect where `forward` is told so. FormatError names file and tensor or key, UnsupportedError what
+        of PEFT cupyq does not do; ValueError for a name that is taken. Where an error is raised, nothing has changed.
+        """
+        linears = self._linears_by_projection()
+        name = self._adapters.load(folder, name, scaling, linears, {"lm_head": self.config.vocab_size})
+        if self.xp is not np:
+            try:
+                compile_kernels(self, name)
+            except BaseException:
+                self.unload_adapter(name)
+                raise
+        return name
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget a loaded adapter; ValueError where none has this name."""
+        self._adapters.unload(name, self._linears_by_projection())
+
+    def _linears_by_projection(self) -> dict[str, Linear]:
+        routers = [layer.mlp.router for layer in self.layers if hasattr(layer.mlp, "router")]
+        return {linear.name.removeprefix("model."): linear for linear in (*self._decoder_linears(), *routers, self.head)}
+
     # --- running it ---
 
     def new_cache(self, batch: int = 1, capacity: int | None = None) -> KVCache:
@@ -97,46 +135,51 @@ class Model:
             dtype=self.dtype,
         )
 
-    def forward(self, ids: Any, cache: KVCache | None = None, *, last_only: bool = False) -> Any:
+    def forward(self, ids: Any, cache: KVCache | None = None, *, last_only: bool = False, adapters: Any = None) -> Any:
         """Logits, float32 [batch, seq, vocab_size]; seq is 1, the last position, with `last_only`.
 
         ids: whole numbers [batch, seq], or [seq] for one row; a list or a NumPy array, whose ids are checked here, or a
         CuPy array, whose ids are not (that would wait for the GPU): an id outside the vocabulary makes its row NaN.
         cache: ids continue what it holds, and are added to it. Without one, ids are whole texts.
-        Raises TypeError / ValueError for wrong ids, a cache of another model or batch, and more ids than fit.
+        adapters: the LoRA adapters to use. One choice for all rows: None, a name, a tuple of names, or a dict of names and
+        the weights of their deltas; or a list with one such choice for each row.
+        Raises TypeError / ValueError for wrong ids, a cache of another model or batch, more ids than fit, and adapters that
+        are not loaded.
         """
         ids = self._check_ids(ids)
         batch, seq = ids.shape
+        selection = self._adapters.select(adapters, batch)
         if cache is None:
             if seq > self.config.max_seq_len:
                 limit = self.config.max_seq_len
                 raise ValueError(f"ids: {seq} tokens per row, but the model's context is {limit}: shorten them")
             positions = self.xp.zeros(batch, np.int32)
-            return self._logits(self._decode(ids, Step(self.sin, self.cos, positions)), last_only)
+            step = Step(self.sin, self.cos, positions, adapters=selection)
+            return self._logits(self._decode(ids, step), last_only, selection)
         self._check_cache(cache, batch, seq)
         length_before = cache.length
         try:
-            return self._forward_in_chunks(ids, cache, last_only)
+            return self._forward_in_chunks(ids, cache, last_only, selection)
         except BaseException:
             cache.truncate(length_before)
             raise
 
-    def _forward_in_chunks(self, ids: Any, cache: KVCache, last_only: bool) -> Any:
+    def _forward_in_chunks(self, ids: Any, cache: KVCache, last_only: bool, selection: Selection | None) -> Any:
         batch, seq = ids.shape
         if seq <= PREFILL_CHUNK:
-            return self._logits(self._append(ids, cache), last_only)
+            return self._logits(self._append(ids, cache, selection), last_only, selection)
         logits = None if last_only else self.xp.empty((batch, seq, self.config.vocab_size), float32)
         for begin in range(0, seq, PREFILL_CHUNK):
             end = min(begin + PREFILL_CHUNK, seq)
-            hidden = self._append(self.xp.ascontiguousarray(ids[:, begin:end]), cache)
+            hidden = self._append(self.xp.ascontiguousarray(ids[:, begin:end]), cache, selection)
             if logits is not None:
-                logits[:, begin:end] = self._logits(hidden, False)
-        return self._logits(hidden, True) if logits is None else logits
+                logits[:, begin:end] = self._logits(hidden, False, selection)
+        return self._logits(hidden, True, selection) if logits is None else logits
 
-    def _append(self, ids: Any, cache: KVCache) -> Any:
+    def _append(self, ids: Any, cache: KVCache, selection: Selection | None) -> Any:
         """Hidden states of new tokens, whose keys and values are added to the cache."""
         new = ids.shape[1]
-        step = Step(self.sin, self.cos, cache.positions, cache, cache.kv_lengths(new), cache.length + new)
+        step = Step(self.sin, self.cos, cache.positions, cache, cache.kv_lengths(new), cache.length + new, selection)
         hidden = self._decode(ids, step)
         cache.advance(new)
         return hidden
@@ -147,10 +190,10 @@ class Model:
             hidden = layer(hidden, step, self.dtype)
         return hidden
 
-    def _logits(self, hidden: Any, last_only: bool) -> Any:
+    def _logits(self, hidden: Any, last_only: bool, selection: Selection | None) -> Any:
         if last_only:
             hidden = self.xp.ascontiguousarray(hidden[:, -1:])
-        logits = self.head(self.norm(hidden, self.dtype), dtype=float32)
+        logits = self.head(self.norm(hidden, self.dtype), dtype=float32, adapters=selection)
         if logits.shape[-1] != self.config.vocab_size:  # quantizers pad the head to a multiple of 32 columns
             logits = self.xp.ascontiguousarray(logits[..., : self.config.vocab_size])
         if self.config.logit_softcap is not None:

@@ -34,6 +34,13 @@ def refuse_overlap(written, name, **inputs):
             raise ValueError(f"{name} overlaps {other}, which is still read: pass separate memory")
 
 
+def whole_number(value, name):
+    """`value` as an int; TypeError for anything else, floats such as 8.0 and booleans included."""
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{name} must be a whole number, got {type(value).__name__}")
+    return int(value)
+
+
 def store(out, values):
     """Round `values` once into `out`; what does not fit becomes Inf, as IEEE says, without a warning."""
     with np.errstate(over="ignore"):

@@ -1,4 +1,4 @@
-"""Unquantised products, by cuBLAS."""
+"""Unquantised products, by cuBLAS: `matmul` for layers, `gemm` for the general form."""
 
 import math
 import sys
@@ -38,7 +38,7 @@ def matmul(x, weight, *, transpose=False, bias=None, dtype=None, out=None):
         store(out, matmul_reference(x, weight, transpose, bias))
     else:
         rows = math.prod(x.shape[:-1])
-        gemm(x.reshape(rows, k), weight, out.reshape(rows, n), transpose=transpose, bias=bias)
+        multiply_into(out.reshape(rows, n), x.reshape(rows, k), weight, transpose=transpose, bias=bias)
     return out
 
 
@@ -52,16 +52,58 @@ def matmul_reference(x, weight, transpose, bias):
     return y.reshape(*x.shape[:-1], weight.shape[1])
 
 
+@accepts_dlpack(writes=("c",))
+def gemm(a, b, c, *, alpha=1.0, beta=0.0):
+    """c = alpha * (a @ b) + beta * c, written into c, which is returned
+
+    a [m, k], b [k, n] and c [m, n]: one dtype of float16, bfloat16, float32. alpha and beta are taken as float32. fp32
+    accumulation (no TF32; float64 in the reference), one rounding; what does not fit becomes Inf. With beta = 0 the old
+    values of c are not read, NaN among them is lost; with alpha = 0 a and b are not read. c must not overlap a or b.
+    Raises TypeError / ValueError for wrong dtypes, shapes, strides, factors that are not numbers, or an overlap.
+    Source: BLAS's GEMM, Dongarra et al., ACM TOMS 16 (1990); cuBLAS on the GPU.
+
+    >>> gemm(np.float32([[1, 2]]), np.float32([[3], [4]]), np.float32([[10]]), alpha=2.0, beta=0.5)
+    array([[27.]], dtype=float32)
+    """
+    xp = namespace(a=a, b=b, c=c)
+    check(a, "a", dtype=FLOATS, ndim=2)
+    check(b, "b", dtype=a.dtype, ndim=2)
+    check(b, "b", shape=(a.shape[1], None))
+    check(c, "c", dtype=a.dtype, shape=(a.shape[0], b.shape[1]), writes=True)
+    if a.shape[1] == 0:
+        raise ValueError(f"a has no columns to multiply, its shape is {a.shape}")
+    refuse_overlap(c, "c", a=a, b=b)
+    alpha, beta = _factor("alpha", alpha), _factor("beta", beta)
+    if c.size == 0:
+        return c
+    if xp is np:
+        store(c, gemm_reference(a, b, c, alpha, beta))
+    else:
+        multiply_into(c, a, b, alpha=alpha, beta=beta)
+    return c
+
+
+def _factor(name, value):
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.floating, np.integer)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    return np.float32(value)
+
+
+@np.errstate(invalid="ignore", over="ignore")
+def gemm_reference(a, b, c, alpha, beta):
+    y = np.zeros(c.shape) if alpha == 0 else float(alpha) * (float64(a) @ float64(b))
+    return y if beta == 0 else y + float(beta) * float64(c)
+
+
 # cublasDataType / cublasComputeType values, from cublas_api.h and library_types.h
 _DATA_TYPES = {float16: 2, bfloat16: 14, float32: 0}
 _COMPUTE_32F = 68
 _DEFAULT_ALGORITHM = -1
 _TRANSPOSED, _AS_STORED = 1, 0
-_ONE, _ZERO = np.ones(1, np.float32), np.zeros(1, np.float32)
 
 
-def gemm(x, weight, out, *, transpose=False, first_column=0, bias=None):
-    """out[:, first_column : first_column + columns] = x @ weight (+ bias), all 2-D CuPy arrays, without checks.
+def multiply_into(out, x, weight, *, transpose=False, first_column=0, bias=None, alpha=1.0, beta=0.0):
+    """out[:, first_column : first_column + columns] = alpha * x @ weight + beta * out, all 2-D CuPy arrays, without checks.
 
     cuBLAS is column-major: it computes out.T = weight.T @ x.T. A bias is written to out first and accumulated onto in fp32.
     """
@@ -69,16 +111,16 @@ def gemm(x, weight, out, *, transpose=False, first_column=0, bias=None):
     rows, k = x.shape
     columns = weight.shape[0] if transpose else weight.shape[1]
     target = out.data.ptr + first_column * out.itemsize
-    beta = _ZERO
     if bias is not None:
         _launch_fill_rows(bias, out, first_column, columns)
-        beta = _ONE
+        beta = 1.0
+    factors = np.array([alpha, beta], np.float32)  # cuBLAS reads them during the call
     with x.device:
         cupy.cuda.cublas.gemmEx(
             cupy.cuda.device.get_cublas_handle(), _TRANSPOSED if transpose else _AS_STORED, _AS_STORED, columns, rows, k,
-            _ONE.ctypes.data, weight.data.ptr, _DATA_TYPES[weight.dtype], weight.shape[1],
+            factors.ctypes.data, weight.data.ptr, _DATA_TYPES[weight.dtype], weight.shape[1],
             x.data.ptr, _DATA_TYPES[x.dtype], k,
-            beta.ctypes.data, target, _DATA_TYPES[out.dtype], out.shape[1], _COMPUTE_32F, _DEFAULT_ALGORITHM,
+            factors.ctypes.data + 4, target, _DATA_TYPES[out.dtype], out.shape[1], _COMPUTE_32F, _DEFAULT_ALGORITHM,
         )  # fmt: skip
 
 

@@ -20,49 +20,60 @@ from cupyq.ops._common import access_width, float64, store
 
 
 @accepts_dlpack
-def rms_norm(x, weight, *, eps=1e-6, dtype=None, out=None):
-    """y = x * weight / sqrt(mean(x**2, axis=-1) + eps)
+def rms_norm(x, weight, *, eps=1e-6, dtype=None, residual=None, out=None):
+    """y = x * weight / sqrt(mean(x**2, axis=-1) + eps), plus `residual` if there is one
 
     x [..., dim] and weight [dim] may each be float16, bfloat16 or float32; y has x's shape and `dtype` (default:
-    x's). Sums are fp32 in a fixed order (float64 in the reference) and the result is rounded once. `out` may be x
-    itself where the dtypes agree. Models whose weights are stored minus one (Gemma) add the one before, in float32.
-    Raises TypeError / ValueError for wrong dtypes, shapes, strides or a partial overlap of out and x.
+    residual's, or x's without one); residual has y's shape and dtype. Sums are fp32 in a fixed order (float64 in the
+    reference) and the result, residual included, is rounded once. `out` may be residual itself, or x where the dtypes
+    agree. Models whose weights are stored minus one (Gemma) add the one before, in float32. Raises TypeError /
+    ValueError for wrong dtypes, shapes, strides or a partial overlap of out and an input.
     Source: Zhang and Sennrich, Root Mean Square Layer Normalization, arXiv 1910.07467.
 
     >>> rms_norm(np.array([[3.0, 4.0]], np.float32), np.ones(2, np.float32), eps=0.0)
     array([[0.84852815, 1.1313709 ]], dtype=float32)
     """
-    xp = namespace(x=x, weight=weight)
-    _check_rows(x)
-    check(weight, "weight", dtype=FLOATS, shape=x.shape[-1:])
-    out = output(xp, out, x.shape, x.dtype if dtype is None else np.dtype(dtype))
-    check(out, "out", dtype=FLOATS)
-    refuse_partial_overlap(out, x=x, weight=weight)
+    xp, out = _check_rows(x, weight, None, dtype, residual, out)
     if x.size == 0:
         return out
     if xp is np:
-        store(out, rms_norm_reference(x, weight, eps))
+        store(out, rms_norm_reference(x, weight, eps, residual))
     else:
-        _launch_rms_norm(x, weight, eps, out)
+        _launch_rms_norm(x, weight, eps, residual, out)
     return out
 
 
-def _check_rows(x):
+def _check_rows(x, weight, bias, dtype, residual, out):
+    """The checks that rms_norm and layer_norm share; the library, and `out` or a new array for y."""
+    xp = namespace(x=x, weight=weight, bias=bias, residual=residual)
     check(x, "x", dtype=FLOATS)
     if x.ndim == 0:
         raise ValueError("x must have at least the dimension [dim], got shape ()")
+    check(weight, "weight", dtype=FLOATS, shape=x.shape[-1:])
+    if bias is not None:
+        check(bias, "bias", dtype=weight.dtype, shape=weight.shape)
+    if residual is not None:
+        check(residual, "residual", dtype=FLOATS if dtype is None else np.dtype(dtype), shape=x.shape)
+    if dtype is None:
+        dtype = (x if residual is None else residual).dtype
+    out = output(xp, out, x.shape, np.dtype(dtype))
+    check(out, "out", dtype=FLOATS)
+    refuse_partial_overlap(out, x=x, weight=weight, bias=bias, residual=residual)
+    return xp, out
 
 
-def rms_norm_reference(x, weight, eps):
+def rms_norm_reference(x, weight, eps, residual=None):
     x, weight = float64(x), float64(weight)
-    return x * weight / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps)
+    y = x * weight / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps)
+    return y if residual is None else float64(residual) + y
 
 
-def _launch_rms_norm(x, weight, eps, out):
+def _launch_rms_norm(x, weight, eps, residual, out):
     dim = weight.size
     warps = _warps(dim)
-    kernel = instance("rms_norm", x.dtype, weight.dtype, out.dtype, access_width(dim, x, weight, out), warps)
-    launch(kernel, (x.size // dim,), (32 * warps,), (x, weight, out, np.int32(dim), np.float32(eps)))
+    vector = access_width(dim, x, weight, residual, out)
+    kernel = instance("rms_norm", x.dtype, weight.dtype, out.dtype, vector, warps)
+    launch(kernel, (x.size // dim,), (32 * warps,), (x, weight, residual, out, np.int32(dim), np.float32(eps)))
 
 
 def _warps(dim):
@@ -70,49 +81,45 @@ def _warps(dim):
 
 
 @accepts_dlpack
-def layer_norm(x, weight, bias=None, *, eps=1e-5, dtype=None, out=None):
-    """y = (x - mean) * weight / sqrt(mean((x - mean)**2) + eps) + bias, with means over the last axis
+def layer_norm(x, weight, bias=None, *, eps=1e-5, dtype=None, residual=None, out=None):
+    """y = (x - mean) * weight / sqrt(mean((x - mean)**2) + eps) + bias, with means over the last axis, plus `residual`
 
     x [..., dim] and weight [dim] may each be float16, bfloat16 or float32; bias [dim] has weight's dtype; y has x's
-    shape and `dtype` (default: x's). The variance is the biased one, taken in a second pass from the deviations. Sums
-    are fp32 in a fixed order (float64 in the reference) and the result is rounded once. `out` may be x itself where
-    the dtypes agree. Raises TypeError / ValueError for wrong dtypes, shapes, strides or a partial overlap of out and
-    an input.
+    shape and `dtype` (default: residual's, or x's without one); residual has y's shape and dtype, or is None. The
+    variance is the biased one, taken in a second pass from the deviations. Sums are fp32 in a fixed order (float64 in
+    the reference) and the result, residual included, is rounded once. `out` may be residual itself, or x where the
+    dtypes agree. Raises TypeError / ValueError for wrong dtypes, shapes, strides or a partial overlap of out and an
+    input.
     Source: Ba, Kiros and Hinton, Layer Normalization, arXiv 1607.06450.
 
     >>> layer_norm(np.array([[1.0, 3.0]], np.float32), np.ones(2, np.float32), eps=0.0)
     array([[-1.,  1.]], dtype=float32)
     """
-    xp = namespace(x=x, weight=weight, bias=bias)
-    _check_rows(x)
-    check(weight, "weight", dtype=FLOATS, shape=x.shape[-1:])
-    if bias is not None:
-        check(bias, "bias", dtype=weight.dtype, shape=weight.shape)
-    out = output(xp, out, x.shape, x.dtype if dtype is None else np.dtype(dtype))
-    check(out, "out", dtype=FLOATS)
-    refuse_partial_overlap(out, x=x, weight=weight, bias=bias)
+    xp, out = _check_rows(x, weight, bias, dtype, residual, out)
     if x.size == 0:
         return out
     if xp is np:
-        store(out, layer_norm_reference(x, weight, bias, eps))
+        store(out, layer_norm_reference(x, weight, bias, eps, residual))
     else:
-        _launch_layer_norm(x, weight, bias, eps, out)
+        _launch_layer_norm(x, weight, bias, eps, residual, out)
     return out
 
 
-def layer_norm_reference(x, weight, bias, eps):
+def layer_norm_reference(x, weight, bias, eps, residual=None):
     x = float64(x)
     deviation = x - np.mean(x, axis=-1, keepdims=True)
     y = deviation * float64(weight) / np.sqrt(np.mean(deviation * deviation, axis=-1, keepdims=True) + eps)
-    return y if bias is None else y + float64(bias)
+    if bias is not None:
+        y += float64(bias)
+    return y if residual is None else float64(residual) + y
 
 
-def _launch_layer_norm(x, weight, bias, eps, out):
+def _launch_layer_norm(x, weight, bias, eps, residual, out):
     dim = weight.size
     warps = _warps(dim)
-    vector = access_width(dim, x, weight, bias, out)
+    vector = access_width(dim, x, weight, bias, residual, out)
     kernel = instance("layer_norm", x.dtype, weight.dtype, out.dtype, vector, warps)
-    launch(kernel, (x.size // dim,), (32 * warps,), (x, weight, bias, out, np.int32(dim), np.float32(eps)))
+    launch(kernel, (x.size // dim,), (32 * warps,), (x, weight, bias, residual, out, np.int32(dim), np.float32(eps)))
 
 
 @accepts_dlpack
@@ -173,6 +180,7 @@ def _launch_head_norm(x, weight, bias, eps, kind, out):
 
 INSTANCES = [
     *(instance("rms_norm", x, w, w, 4 if float32 in (x, w) else 8, 8) for x, w in itertools.product(FLOATS, FLOATS)),
+    *(instance(name, float32, float32, y, 4, 8) for name in ("rms_norm", "layer_norm") for y in (float16, bfloat16)),
     *(instance("rms_norm", float32, float16, float16, vector, 1) for vector in (1, 4)),
     *(instance("layer_norm", x, float16, float16, 4 if x == float32 else 8, 8) for x in (float16, float32)),
     instance("layer_norm", bfloat16, bfloat16, bfloat16, 8, 8),

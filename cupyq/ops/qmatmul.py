@@ -19,7 +19,7 @@ from cupyq._arrays import (
 from cupyq._kernels import instance, launch
 from cupyq.formats.tiles import TILE, WIDTHS_IN_ORDER
 from cupyq.ops._common import float64, refuse_overlap, store
-from cupyq.ops.matmul import gemm
+from cupyq.ops.matmul import multiply_into
 from cupyq.ops.qmatrix import QMatrix
 
 _MAX_SCRATCH_BYTES = 256 * 2**20  # of dequantised weights at a time, for many rows
@@ -85,10 +85,10 @@ FUSED_ROWS = 64
 
 
 @functools.cache
-def pick_config(m, n, blocks, sm_count, *, warps_n=4, warps_k=2, shared_limit=48 * 1024):
-    """QmatmulConfig for m rows: two thread blocks for every multiprocessor where K is long enough to be sliced."""
+def pick_config(m, n, blocks, sm_count, *, row_tiles=1, warps_n=4, warps_k=2, shared_limit=48 * 1024):
+    """QmatmulConfig for m rows, so often: two thread blocks for every multiprocessor where K is long enough to be sliced."""
     m_tiles = next(t for t in (1, 2, 4, 8) if 8 * t >= min(m, FUSED_ROWS))
-    column_blocks = -(-n // (TILE * warps_n)) * -(-m // (8 * m_tiles))
+    column_blocks = -(-n // (TILE * warps_n)) * -(-m // (8 * m_tiles)) * row_tiles
     # A slice of fewer than 8 blocks a warp would spend its time on filling and draining.
     slices = max(1, min(2 * sm_count // column_blocks, blocks // (8 * warps_k)))
     slice_blocks = -(-blocks // slices)
@@ -100,22 +100,40 @@ def qmatmul_workspace_size(q, rows):
     """float32 values of `workspace` that qmatmul needs for up to `rows` rows; 0 on NumPy."""
     if q.xp is np or rows > FUSED_ROWS:
         return 0
-    return _COUNTERS + max(sum(_workspace_parts(q, m, _config(q, m))) for m in {min(m, rows) for m in (1, 8, 16, 32, 64)})
+    return COUNTERS + max(sum(_workspace_parts(q, m, _config(q, m))) for m in {min(m, rows) for m in (1, 8, 16, 32, 64)})
 
 
 def _config(q, m):
     return pick_config(m, q.n, q.tiles.layout.blocks, _device.current().sm_count)
 
 
-_COUNTERS = 1024
+COUNTERS = 1024
 """Counters at the start of every workspace, one per thread block of a slice. Always so many, whatever the product, so that one
 workspace serves products of any shapes in turn: a sliced product has at most as many column blocks as there are SMs."""
 
 
 def _workspace_parts(q, m, config):
+    return workspace_parts(m, q.tiles.layout.padded_n, q.tiles.layout.blocks, config)
+
+
+def workspace_parts(m, padded_n, blocks, config):
     """(partial sums, gathered x) behind the counters, in 4-byte values; only a sliced product has partial sums."""
-    padded_n, blocks = q.tiles.layout.padded_n, q.tiles.layout.blocks
     return config.slices * m * padded_n if config.slices > 1 else 0, m * blocks * TILE // 2
+
+
+def split_workspace(workspace, parts, rows, **others):
+    """(counters, the space behind them) of the caller's workspace, which must not overlap the others, or of a new one."""
+    if workspace is None:
+        xp = namespace(**others)
+        return xp.zeros(COUNTERS, np.uint32) if parts[0] else None, xp.empty(sum(parts), np.float32)
+    check(workspace, "workspace", dtype=float32, ndim=1)
+    needed = COUNTERS + sum(parts)
+    if workspace.size < needed:
+        raise ValueError(f"workspace must have {needed} float32 values for {rows} rows, got {workspace.size}")
+    if byte_bounds(workspace)[0] % 16:
+        raise ValueError("workspace must begin at a multiple of 16 bytes: pass a whole array, not a slice from its middle")
+    refuse_overlap(workspace, "workspace", **others)
+    return workspace[:COUNTERS], workspace[COUNTERS:]
 
 
 def _is_gathered(x, q):
@@ -135,29 +153,18 @@ def _launch_qmatmul(x, q, out, workspace):
 
 
 def _launch_fused(x, q, out, m, workspace, config):
-    tiles, layout, xp = q.tiles, q.tiles.layout, q.xp
+    tiles, layout = q.tiles, q.tiles.layout
     partials, gathered = _workspace_parts(q, m, config)
-    if workspace is None:
-        arrived = xp.zeros(_COUNTERS, np.uint32) if partials else None
-        workspace = xp.empty(partials + gathered, np.float32)
-    else:
-        check(workspace, "workspace", dtype=float32, ndim=1)
-        needed = _COUNTERS + partials + gathered
-        if workspace.size < needed:
-            raise ValueError(f"workspace must have {needed} float32 values for {m} rows, got {workspace.size}")
-        if byte_bounds(workspace)[0] % 16:
-            raise ValueError("workspace must begin at a multiple of 16 bytes: pass a whole array, not a slice from its middle")
-        refuse_overlap(workspace, "workspace", x=x, out=out)
-        arrived, workspace = workspace[:_COUNTERS], workspace[_COUNTERS:]
+    arrived, space = split_workspace(workspace, (partials, gathered), m, x=x, out=out)
     if _is_gathered(x, q):
-        x = _launch_gather(x, q, workspace[partials : partials + gathered], m)
+        x = _launch_gather(x, q, space[partials : partials + gathered], m)
     grid = (-(-layout.column_tiles // config.warps_n), config.slices, -(-m // (8 * config.m_tiles)))
     sizes = (m, q.n, layout.padded_n, layout.words_per_column_tile, config.slice_blocks, config.chunk_blocks)
     arguments = (
-        x, tiles.words, tiles.scales, tiles.zeros, tiles.block_group, q.bias, out, workspace, arrived,
+        x, tiles.words, tiles.scales, tiles.zeros, tiles.block_group, q.bias, out, space, arrived,
         *map(np.int32, sizes), np.bool_(out.dtype != x.dtype), *map(np.int32, layout.width_blocks),
     )  # fmt: skip
-    kernel = _qmatmul_instance(x.dtype, tiles.zeros is not None, layout.width_blocks, config)
+    kernel = product_instance("qmatmul", x.dtype, tiles.zeros is not None, layout.width_blocks, config)
     launch(kernel, grid, (32 * config.warps_n * config.warps_k,), arguments, config.shared_bytes)
 
 
@@ -173,9 +180,10 @@ def _gather_instance(dtype):
     return instance("gather_columns", dtype)
 
 
-def _qmatmul_instance(dtype, has_zeros, width_blocks, config):
+def product_instance(kernel, dtype, has_zeros, width_blocks, config):
+    """Of qmatmul or qmatmul_grouped, for the widths whose count in width_blocks is not 0."""
     widths = sum(1 << bits for bits, count in zip(WIDTHS_IN_ORDER, width_blocks, strict=True) if count)
-    return instance("qmatmul", dtype, has_zeros, widths, config.m_tiles, config.warps_n, config.warps_k)
+    return instance(kernel, dtype, has_zeros, widths, config.m_tiles, config.warps_n, config.warps_k)
 
 
 def _launch_dequantised(x, q, out):
@@ -186,7 +194,7 @@ def _launch_dequantised(x, q, out):
         columns = min(chunk, q.n - first)
         weight = scratch[: q.k * columns].reshape(q.k, columns)
         _launch_reconstruct(q, weight, first)
-        gemm(x, weight, out, first_column=first, bias=q.bias)
+        multiply_into(out, x, weight, first_column=first, bias=q.bias)
 
 
 @accepts_dlpack
@@ -236,8 +244,10 @@ def _instances():
     for m in (1, 64):
         config = pick_config(m, 4096, 128, 132)
         for dtype in sixteen_bit:
-            yield from (_qmatmul_instance(dtype, False, counts, config) for counts in (*one_width, (1,) * 6))
-            yield from (_qmatmul_instance(dtype, True, counts, config) for counts in one_width if not counts[1] | counts[2])
+            yield from (product_instance("qmatmul", dtype, False, counts, config) for counts in (*one_width, (1,) * 6))
+            yield from (
+                product_instance("qmatmul", dtype, True, counts, config) for counts in one_width if not counts[1] | counts[2]
+            )
 
 
 INSTANCES = list(_instances())

@@ -59,8 +59,8 @@ class QMatrix:
         give one on their GPU, repacked there; the small tables (q_groups, q_invperm, q_perm, g_idx, q_scale_max) may stay
         NumPy. Arrays of other frameworks come in by DLPack. The caller's arrays are never altered, nor kept on a GPU.
         prescale multiplies EXL2 scales; bias overrides `tensors["bias"]`; group_size, bits and zeros ("v1": stored is
-        zero - 1, "v2": stored is zero) are for GPTQ, and inferred where the tensors tell. `name` appears in errors.
-        Raises FormatError naming the tensor that does not fit.
+        zero - 1, "v2": stored is zero, "v1-wrapped": v1 modulo 2**bits) are for GPTQ, and inferred where the tensors tell.
+        `name` appears in errors. Raises FormatError naming the tensor that does not fit.
         """
         if not isinstance(tensors, dict):
             raise TypeError(f"tensors must be a dict of checkpoint tensors, got {type(tensors).__name__}")
@@ -180,8 +180,8 @@ def _from_gptq(tensors, options):
         padded_scales = xp.empty((layout.group_count, tile_layout.padded_n), np.float16)
         launch(instance("pad_columns", file="repack"), grid, (256,), (scales, padded_scales, *columns))
         zeros = xp.empty_like(padded_scales)
-        offset = np.int32(1 if options["zeros"] == "v1" else 0)
-        arguments = (tensors["qzeros"], zeros, *columns, np.int32(layout.bits), offset)
+        rule = map(np.int32, gptq.zero_rule(options["zeros"], layout.bits))
+        arguments = (tensors["qzeros"], zeros, *columns, np.int32(layout.bits), *rule)
         launch(instance("gptq_zeros", file="repack"), grid, (256,), arguments)
         return QMatrix(**common, tiles=_device_tiles(xp, tile_layout, tensors["qweight"], padded_scales, zeros))
 

@@ -110,6 +110,72 @@ def _rope_instance(x, table, style, vector):
     return instance("rope", x, table, style == "neox", vector)
 
 
+# --- positions of text and images -------------------------------------------------------------------------------------
+
+
+def mrope_positions(ids, merge_size, spans, grids, length):
+    """(int64 [3, length], next): time, row and column of every token for multimodal RoPE, and the next free position
+
+    ids: int64 [n], NumPy; token i >= n counts as text. spans: one (begin, end) range of ids per image or video, whose
+    patches follow each other in ids; grids: their (time, height, width) in patches before merge_size x merge_size of
+    them are merged. A text token has one number, the next free one, in all three rows. Patch k of a span starts from the
+    number b after the last text token: (b + k // gw // gh % time, b + k // gw % gh, b + k % gw) with gh = height //
+    merge_size, gw = width // merge_size. The next free number is one more than the largest so far; two spans without
+    text between them start from the same number. The first span that holds an id counts. Integers throughout. Raises
+    TypeError / ValueError for wrong dtypes, shapes or sizes.
+    Source: Wang et al., Qwen2-VL, arXiv 2409.12191, section 2.1.
+
+    >>> mrope_positions(np.array([7, 100, 101, 8]), 1, [(100, 102)], [(1, 1, 2)], 4)
+    (array([[0, 1, 1, 3],
+           [0, 1, 1, 3],
+           [0, 1, 2, 3]]), 4)
+    """
+    if not isinstance(ids, np.ndarray):
+        raise TypeError(f"ids must be a NumPy array, as positions are made on the host, got {type(ids).__name__}")
+    check(ids, "ids", dtype=np.int64, ndim=1)
+    for name, size, least in (("merge_size", merge_size, 1), ("length", length, 0)):
+        if not isinstance(size, (int, np.integer)) or size < least:
+            raise ValueError(f"{name} must be an integer from {least}, got {size!r}")
+    sizes = _merged_grids(merge_size, spans, grids)
+    which = np.full(length, -1)
+    known = ids[:length]
+    for index, (begin, end) in reversed(list(enumerate(spans))):  # so that the first that holds an id stays
+        which[: known.size][(known >= begin) & (known < end)] = index
+    positions = np.empty((3, length), np.int64)
+    base = free = 0
+    is_text = which < 0
+    edges = [0, *(np.flatnonzero(is_text[1:] != is_text[:-1]) + 1).tolist(), length] if length else [0]
+    for begin, end in zip(edges, edges[1:], strict=False):
+        run = positions[:, begin:end]
+        if is_text[begin]:
+            run[:] = np.arange(free, free + end - begin)
+            base = free = free + end - begin
+            continue
+        starts, time, height, width = sizes[which[begin:end]].T
+        patch = known[begin:end] - starts
+        run[:] = base + np.stack([patch // width // height % time, patch // width % height, patch % width])
+        free = max(free, int(run.max()) + 1)
+    return positions, free
+
+
+def _merged_grids(merge_size, spans, grids):
+    """int64 [spans, 4]: first id, time, and height and width after merging."""
+    try:
+        ranges, sizes = (np.array(list(items) or np.empty((0, n), np.int64)) for items, n in ((spans, 2), (grids, 3)))
+        fits = all(a.dtype.kind in "iu" and a.ndim == 2 and a.shape[1] == n for a, n in ((ranges, 2), (sizes, 3)))
+    except (TypeError, ValueError):
+        fits = False
+    if not fits:
+        raise ValueError("spans must hold pairs (begin, end) and grids triples (time, height, width) of integers")
+    if len(ranges) != len(sizes):
+        raise ValueError(f"grids must hold one (time, height, width) for each of {len(ranges)} spans, got {len(sizes)}")
+    sizes = sizes.astype(np.int64) // [1, merge_size, merge_size]
+    if sizes.size and sizes.min() < 1:
+        index = int(np.argmax((sizes < 1).any(axis=1)))
+        raise ValueError(f"grids[{index}] must be at least (1, {merge_size}, {merge_size}), got {tuple(grids[index])}")
+    return np.hstack([ranges[:, :1].astype(np.int64), sizes])
+
+
 # --- tables -----------------------------------------------------------------------------------------------------------
 
 

@@ -1,287 +1,380 @@
-"""Drawing tokens from logits, and the counter-based random numbers behind it."""
+"""Drawing tokens from logits."""
 
-import math
-import operator
+from typing import NamedTuple
 
 import numpy as np
 
-from cupyq._arrays import (
-    FLOATS,
-    accepts_dlpack,
-    check,
-    int32,
-    is_cupy,
-    namespace,
-    output,
-    refuse_partial_overlap,
-    require_cupy,
-)
+from cupyq._arrays import FLOATS, accepts_dlpack, check, float32, int32, namespace, output, refuse_partial_overlap, require_cupy
 from cupyq._kernels import instance, launch
-from cupyq.ops._common import vector_width
+from cupyq.ops._common import refuse_overlap, vector_width
+from cupyq.ops._settings import Setting, SettingTable, given_settings, is_scalar, may_be, normalise, upload
+from cupyq.ops.philox import philox4x32, philox_bits, philox_uniform
+from cupyq.ops.sampling_filters import Candidates, kept_weights, probability_of, surprised, token_weights
+
+__all__ = [
+    "SamplerTable",
+    "kept_weights",
+    "philox4x32",
+    "philox_bits",
+    "philox_uniform",
+    "sample",
+    "sample_workspace_size",
+    "token_weights",
+]
 
 MAX_VOCAB = 1 << 23
 """Weights are at most 2**40: their sum stays below 2**63."""
+MAX_TOP = 1024
+"""The most tokens that top_ids can list: as many as one block sorts in shared memory."""
+_LIST_SIZE = 2048  # list_size of sampling.cuh
 
 
-@accepts_dlpack
-def sample(logits, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, step=0, out=None):
-    """One token id per row, drawn from softmax(logits / temperature) after top-k, then top-p, then min-p.
+def _share(value):
+    return (value >= 0) & (value <= 1)
+
+
+def _not_negative(value):
+    return value >= 0
+
+
+_POSITIVE = "finite in float32, >= 0"
+SETTINGS = {
+    "temperature": Setting(1.0, expected=_POSITIVE, is_valid=_not_negative),
+    "top_k": Setting(0, np.int32),
+    "top_p": Setting(1.0, expected="above 0 and at most 1", is_valid=lambda value: (value > 0) & (value <= 1)),
+    "min_p": Setting(0.0, expected="from 0 to 1", is_valid=_share),
+    "seed": Setting(0, np.uint64, least=-(1 << 63)),
+    "step": Setting(0, np.uint64),
+    # What only the larger kernel reads, in the order of its table (struct Filters of sample.cu).
+    "top_a": Setting(0.0, expected=_POSITIVE, is_valid=_not_negative),
+    "tfs": Setting(0.0, expected="from 0 to 1", is_valid=_share),
+    "typical": Setting(0.0, expected="from 0 to 1", is_valid=_share),
+    "mirostat_tau": Setting(0.0, expected=_POSITIVE, is_valid=_not_negative),
+    "mirostat_eta": Setting(0.1, expected=_POSITIVE, is_valid=_not_negative),
+    "post_temperature": Setting(1.0, expected="finite in float32, > 0", is_valid=lambda value: value.astype(np.float32) > 0),
+    "min_temp": Setting(0.0, expected=_POSITIVE, is_valid=_not_negative),
+    "max_temp": Setting(0.0, expected=_POSITIVE, is_valid=_not_negative),
+    "temp_exponent": Setting(1.0, expected=_POSITIVE, is_valid=_not_negative),
+    "xtc_probability": Setting(0.0, expected="from 0 to 1", is_valid=_share),
+    "xtc_threshold": Setting(0.1, expected="from 0 to 1", is_valid=_share),
+    "smoothing": Setting(0.0, expected=_POSITIVE, is_valid=_not_negative),
+    "skew": Setting(0.0, expected="from -100 to 100", is_valid=lambda value: abs(value) <= 100),
+}
+_CLASSIC = ("temperature", "top_k", "top_p", "min_p", "seed", "step")
+_FILTERS = tuple(name for name in SETTINGS if name not in _CLASSIC)
+
+
+class SamplerTable(SettingTable):
+    """Settings of `sample` for `rows` rows, checked and moved to the device once: steady decoding then uploads nothing.
+
+    SamplerTable(rows, xp, **settings): xp is `numpy` or `cupy`; settings are those of `sample` but step, each one number
+    or an array [rows]. CuPy arrays are taken over as they stand now. Lives on CuPy's current device.
+
+    >>> table = SamplerTable(2, np, top_k=[1, 40], seed=[5, 6])
+    >>> sample(np.float32([[1, 2, 3], [3, 2, 1]]), table=table, step=9).tolist()
+    [2, 0]
+    """
+
+    specification = {name: setting for name, setting in SETTINGS.items() if name != "step"}
+    tabled = _FILTERS
+
+    def __init__(self, rows, xp=np, **settings):
+        super().__init__(rows, xp, **settings)
+        self.needs = _needs(self.values)
+
+
+class _Needs(NamedTuple):
+    """What may be on in some row."""
+
+    filters: bool
+    """A setting that only the larger kernel knows."""
+    tail_free: bool
+    mirostat: bool
+
+
+def _needs(values):
+    # These three do nothing alone.
+    names = [name for name in _FILTERS if name not in ("mirostat_eta", "temp_exponent", "xtc_threshold")]
+    return _Needs(
+        any(may_be(values, name, lambda value, off=SETTINGS[name].default: value != off) for name in names),
+        may_be(values, "tfs", lambda value: (value > 0) & (value < 1)),
+        may_be(values, "mirostat_tau", lambda value: value > 0),
+    )
+
+
+@accepts_dlpack(writes=("out", "workspace", "mirostat_mu", "probabilities", "top_ids", "top_probabilities"))
+def sample(
+    logits,
+    *,
+    temperature=1.0,
+    top_k=0,
+    top_p=1.0,
+    min_p=0.0,
+    seed=0,
+    step=0,
+    smoothing=0.0,
+    top_a=0.0,
+    tfs=0.0,
+    typical=0.0,
+    mirostat_tau=0.0,
+    mirostat_eta=0.1,
+    mirostat_mu=None,
+    post_temperature=1.0,
+    min_temp=0.0,
+    max_temp=0.0,
+    temp_exponent=1.0,
+    xtc_probability=0.0,
+    xtc_threshold=0.1,
+    xtc_mask=None,
+    skew=0.0,
+    table=None,
+    probabilities=None,
+    top_ids=None,
+    top_probabilities=None,
+    out=None,
+    workspace=None,
+):
+    """One token id per row, drawn from softmax(logits / temperature) after the filters.
 
     logits [rows, vocab] float16, bfloat16 or float32 -> int32 [rows]. Every setting is one number for all rows, or an
     array [rows]. Where logits is a CuPy array, NumPy arrays of settings are uploaded in one copy, and CuPy arrays are
-    used as they are, their values unchecked; they must be float32 (temperature, top_p, min_p), int32 (top_k), int64 or
-    uint64 (seed, step).
+    used as they are, their values unchecked; they must be float32, int32 (top_k), int64 or uint64 (seed, step). Arrays
+    among the settings from smoothing on are packed on the device first. `table`, a SamplerTable, stands for all
+    settings but step and leaves nothing to upload.
 
-    Tokens are ordered by logit, descending, ties by lowest id.
-    temperature  0 takes the first token of the order. Must be finite; rounded to float32, as top_p and min_p are.
+    Tokens are ordered by logit, descending, ties by lowest id. In this order, p being relative to what is left:
+    temperature  0 takes the first token of the order. Must be finite; rounded to float32, as all real settings are.
+    smoothing    s > 0: p ~ exp(-s * (max - logit)**2 / temperature) instead of exp((logit - max) / temperature).
     top_k        keeps the first top_k tokens; 0 keeps all.
-    top_p        keeps, of what top-k left, the shortest beginning whose share of the probability reaches top_p; 1: all.
+    top_p        keeps the shortest beginning whose share of the probability reaches top_p; 1 keeps all.
+    top_a        keeps tokens with p >= top_a * max(p)**2 and the first; 0 keeps all.
     min_p        keeps tokens at least min_p times as likely as the likeliest; 0 keeps all.
-    seed, step   64-bit integers, step >= 0. The random number is Philox4x32-10 of counter step under key seed: a row's
+    tfs          tail-free: of the n tokens' n - 2 second differences of p, as absolute values, the beginning that holds at
+                 most the share tfs, and one token more; 0 or 1 keeps all, as fewer than 3 tokens do.
+    typical      keeps the tokens whose -log p is nearest the entropy until their share reaches typical; 0 or 1 keeps all.
+    mirostat_tau, mirostat_eta, mirostat_mu
+                 tau > 0: keeps tokens of -log2 p <= mu and the likeliest, and after the draw adds
+                 eta * (tau + log2 p of the drawn token) to mu. mu: float32 [rows], updated in place; start with 2 * tau.
+    post_temperature
+                 p ~ p**(1 / post_temperature).
+    min_temp, max_temp, temp_exponent
+                 where max_temp > min_temp, post_temperature is instead min_temp + (max_temp - min_temp) * h**temp_exponent,
+                 h the entropy over its largest value, log n.
+    xtc_probability, xtc_threshold, xtc_mask
+                 with that probability, tokens with p >= xtc_threshold go, but for the last of them. Tokens whose xtc_mask,
+                 bool or uint8 [vocab], is false do not count and stay.
+    skew         the draw takes u**exp(-skew) for the random number u, over the tokens in their order: above 0 favours
+                 unlikely tokens. At 0, u counts along the ids.
+    seed, step   64-bit integers, step >= 0. The random numbers are Philox4x32-10 of counter step under key seed: a row's
                  result depends on its own logits and settings alone, and rows of one batch want different seeds.
 
-    NaN counts as -inf, and -inf is never drawn: a row without any other value gives -1. A row with +inf gives the
-    lowest id that has it. Probabilities are integers of 40 fractional bits relative to the likeliest token; less likely
-    ones count as 0 (relative error 4e-6 elsewhere). So sums are exact, and NumPy and CUDA draw the same ids.
+    At least one token is always left. Written where given, of the final distribution: probabilities, float32 [rows], of
+    the drawn tokens; top_ids, int32 [rows, n], and top_probabilities, float32 [rows, n], of the first n tokens, n up to
+    1024, missing ones being id -1 of probability 0. Nothing is written to other arguments. `workspace`, uint8
+    [sample_workspace_size(rows, vocab)] or more, saves an allocation where tfs is on.
+
+    NaN counts as -inf, and -inf is never drawn: a row without any other value gives -1 with probability 0. A row with
+    +inf gives the lowest id that has it. Probabilities are integers of 40 fractional bits relative to the likeliest
+    token; less likely ones count as 0 (relative error 4e-6 elsewhere). So sums are exact; NumPy and CUDA take the same
+    single roundings elsewhere, and draw the same ids.
     Raises TypeError / ValueError for wrong dtypes, shapes, strides or settings, and for more than 2**23 tokens.
-    Sources: top-p Holtzman et al., arXiv 1904.09751; min-p Nguyen et al., arXiv 2407.01082; order of the filters as in
-    Hugging Face Transformers; Philox: Salmon et al., SC 2011.
+    Sources: top-p Holtzman et al., arXiv 1904.09751; min-p Nguyen et al., arXiv 2407.01082; typical Meister et al., arXiv
+    2202.00666; mirostat v2 Basu et al., arXiv 2007.14966; tail-free sampling: Trenton Bricken, 2019; top-a: BlinkDL,
+    RWKV-LM; XTC: P. E. Weidmann, text-generation-webui 6335; order of the filters as in exllamav2; Philox: Salmon et al.,
+    SC 2011.
 
     >>> sample(np.log(np.array([[0.1, 0.6, 0.3]] * 8, np.float32)), top_p=0.8, seed=np.arange(8))
     array([2, 2, 1, 1, 2, 1, 1, 2], dtype=int32)
     """
-    xp = namespace(logits=logits)
+    given = given_settings(SETTINGS, locals())
+    xp = namespace(
+        logits=logits,
+        mirostat_mu=mirostat_mu,
+        xtc_mask=xtc_mask,
+        table=table,
+        probabilities=probabilities,
+        top_ids=top_ids,
+        top_probabilities=top_probabilities,
+        workspace=workspace,
+    )
     check(logits, "logits", dtype=FLOATS, ndim=2)
     rows, vocab = logits.shape
     if vocab > MAX_VOCAB:
         raise ValueError(f"logits must have at most {MAX_VOCAB} columns, got {vocab}")
-    settings = {
-        "temperature": _real("temperature", temperature, xp, rows, "finite in float32, >= 0", lambda v: v >= 0),
-        "top_k": _integer("top_k", top_k, xp, rows, np.int32, 0),
-        "top_p": _real("top_p", top_p, xp, rows, "above 0 and at most 1", lambda v: (v > 0) & (v <= 1)),
-        "min_p": _real("min_p", min_p, xp, rows, "from 0 to 1", lambda v: (v >= 0) & (v <= 1)),
-        "seed": _integer("seed", seed, xp, rows, np.uint64, -(1 << 63)),
-        "step": _integer("step", step, xp, rows, np.uint64, 0),
-    }
+    if table is None:
+        values = normalise(SETTINGS, given, xp, rows)
+        needs = _needs(values)
+    else:
+        values, needs = _values_of_table(table, given, xp, rows), table.needs
+    if needs.mirostat and mirostat_mu is None:
+        raise ValueError(
+            "mirostat_tau is given without mirostat_mu: pass float32 [rows], at first filled with 2 * mirostat_tau"
+        )
+    states = {"mirostat_mu": mirostat_mu, "probabilities": probabilities}
+    for name, array in states.items():
+        if array is not None:
+            check(array, name, dtype=float32, shape=(rows,), writes=True)
+    if xtc_mask is not None:
+        check(xtc_mask, "xtc_mask", dtype=(np.dtype(bool), np.dtype(np.uint8)), shape=(vocab,))
+    _check_top(top_ids, top_probabilities, rows)
     out = output(xp, out, (rows,), int32)
     refuse_partial_overlap(out, logits=logits)
+    written = states | {"top_ids": top_ids, "top_probabilities": top_probabilities}
+    for name, array in written.items():
+        if array is not None:
+            refuse_overlap(array, name, logits=logits, xtc_mask=xtc_mask, out=out)
     if rows == 0:
         return out
     if xp is np:
-        out[...] = sample_reference(logits, **settings)
+        sample_reference(logits, values, xtc_mask, out, **written)
     else:
-        _launch_sample(logits, settings, out)
+        on_device, packed = _prepared(values, table, logits)
+        if needs.filters or any(array is not None for array in (probabilities, top_ids, top_probabilities)):
+            workspace = _checked_workspace(workspace, logits) if needs.tail_free and vocab > _LIST_SIZE else None
+            _launch_filtered(logits, on_device, packed, xtc_mask, out, workspace, **written)
+        else:
+            _launch_sample(logits, on_device, out)
     return out
 
 
-def sample_reference(logits, temperature, top_k, top_p, min_p, seed, step):
+def sample_workspace_size(rows, vocab):
+    """How many bytes of workspace sample() may need: it does where tfs is on and more than 2048 tokens are left to it.
+
+    >>> sample_workspace_size(32, 128256)
+    32833536
+    """
+    return rows * vocab * 8 if vocab > _LIST_SIZE else 0
+
+
+def _values_of_table(table, given, xp, rows):
+    if not isinstance(table, SamplerTable):
+        raise TypeError(f"table must be a SamplerTable, got {type(table).__name__}")
+    step = normalise({"step": SETTINGS["step"]}, given, xp, rows)
+    return table.values_for(rows, [name for name in given if name != "step"]) | step
+
+
+def _check_top(top_ids, top_probabilities, rows):
+    pairs = [("top_ids", top_ids, int32), ("top_probabilities", top_probabilities, float32)]
+    count = None
+    for name, array, dtype in pairs:
+        if array is None:
+            continue
+        check(array, name, dtype=dtype, shape=(rows, count), writes=True)
+        count = array.shape[1]
+        if count > MAX_TOP:
+            raise ValueError(f"{name} must have at most {MAX_TOP} columns, got {count}")
+
+
+def _checked_workspace(workspace, logits):
+    size = sample_workspace_size(*logits.shape)
+    if workspace is None:
+        with logits.device:
+            return require_cupy().empty(size, np.uint8)
+    check(workspace, "workspace", dtype=np.dtype(np.uint8), ndim=1, writes=True)
+    if workspace.size < size:
+        raise ValueError(f"workspace must have at least {size} bytes, got {workspace.size}: see sample_workspace_size")
+    if workspace.data.ptr % 4:
+        raise ValueError("workspace must start at a multiple of 4 bytes: pass an array of its own")
+    return workspace
+
+
+def sample_reference(logits, values, xtc_mask, out, mirostat_mu, probabilities, top_ids, top_probabilities):
     rows = len(logits)
-    random = np.broadcast_to(philox_bits(seed, step), rows)
-    temperature, top_k, top_p, min_p = (np.broadcast_to(value, rows) for value in (temperature, top_k, top_p, min_p))
-    ids = np.empty(rows, np.int32)
+    random, coin = (np.broadcast_to(philox_bits(values["seed"], values["step"], word), rows) for word in (0, 2))
+    values = {name: np.broadcast_to(value, rows) for name, value in values.items()}
     for r in range(rows):
         row = logits[r].astype(np.float32)
         row[np.isnan(row)] = -np.inf
-        best = int(np.argmax(row)) if row.size else -1
-        if best < 0 or row[best] == -np.inf:
-            ids[r] = -1
-        elif temperature[r] == 0 or row[best] == np.inf:
-            ids[r] = best
-        else:
-            cumulative = np.cumsum(kept_weights(row, temperature[r], top_k[r], top_p[r], min_p[r]), dtype=np.uint64)
-            target = int(random[r]) * int(cumulative[-1]) >> 64
-            ids[r] = np.searchsorted(cumulative, np.uint64(target), side="right")
-    return ids
+        chosen = {name: value[r] for name, value in values.items()}
+        mu = None if mirostat_mu is None else mirostat_mu[r]
+        has_top = top_ids is not None or top_probabilities is not None
+        ids, weights, place = _draw(row, chosen, mu, xtc_mask, int(random[r]), int(coin[r]), has_top)
+        out[r] = ids[place] if ids.size else -1
+        total = int(weights.sum())
+        if probabilities is not None:
+            probabilities[r] = probability_of(weights[place], total) if ids.size else 0
+        if top_ids is not None:
+            top_ids[r] = -1
+            top_ids[r, : ids.size] = ids[: top_ids.shape[1]]
+        if top_probabilities is not None:
+            top_probabilities[r] = 0
+            first = weights[: top_probabilities.shape[1]]
+            top_probabilities[r, : first.size] = [probability_of(weight, total) for weight in first]
+        if ids.size and chosen["mirostat_tau"] > 0:
+            mirostat_mu[r] = surprised(mu, chosen["mirostat_tau"], chosen["mirostat_eta"], weights[place], total)
 
 
-def kept_weights(row, temperature, top_k, top_p, min_p):
-    """Weights, uint64 [vocab], of the tokens that the filters keep; 0 for the others. row: float32, finite maximum."""
-    weights = token_weights(row, temperature)
-    if 0 < top_k < row.size or top_p < 1:
-        candidates = np.flatnonzero(weights)
-        if 0 < top_k < candidates.size:  # sort few
-            candidates = candidates[row[candidates] >= np.partition(row[candidates], -top_k)[-top_k]]
-        order = candidates[np.argsort(-row[candidates], kind="stable")]
-        if top_k > 0:
-            order = order[:top_k]
-        if top_p < 1:
-            cumulative = np.cumsum(weights[order], dtype=np.uint64)
-            target = max(math.ceil(float(top_p) * float(cumulative[-1])), 1)
-            order = order[: np.searchsorted(cumulative, np.uint64(target)) + 1]
-        kept = np.zeros_like(weights)
-        kept[order] = weights[order]
-        weights = kept
-    weights[weights < np.uint64(math.ceil(float(min_p) * 2.0**40))] = 0
-    return weights
+def _draw(row, chosen, mu, xtc_mask, random, coin, in_order):
+    """What is left of a row: ids, weights, and the drawn one's place among them."""
+    best = int(np.argmax(row)) if row.size else -1
+    if best < 0 or row[best] == -np.inf:
+        return np.empty(0, np.int32), np.empty(0, np.uint64), 0
+    if chosen["temperature"] == 0 or row[best] == np.inf:
+        return np.int32([best]), np.uint64([1]), 0
+    candidates = Candidates(row, chosen["temperature"], chosen["smoothing"])
+    candidates.top_k(chosen["top_k"])
+    candidates.top_p(chosen["top_p"])
+    candidates.top_a(chosen["top_a"])
+    candidates.min_p(chosen["min_p"])
+    candidates.tail_free(chosen["tfs"])
+    candidates.typical(chosen["typical"])
+    candidates.mirostat(chosen["mirostat_tau"], mu)
+    candidates.retemper(chosen["post_temperature"], chosen["min_temp"], chosen["max_temp"], chosen["temp_exponent"])
+    candidates.exclude_top(chosen["xtc_probability"], chosen["xtc_threshold"], xtc_mask, coin)
+    if in_order:
+        candidates.put_in_order()
+    place = candidates.draw(random, chosen["skew"])
+    return candidates.ids, candidates.weights, place
 
 
-# A minimax fit of 2**-f on [0, 1], exact at both ends, relative error 3e-7 in float32; highest power first.
-_HALVING = np.float32([-0.000939659308642149, 0.00919379387050867, -0.0552879199385643, 0.2401772290468216,
-                       -0.6931434273719788, 1.0])  # fmt: skip
+# --- launching --------------------------------------------------------------------------------------------------------
 
 
-def token_weights(row, temperature):
-    """floor(2**40 * exp((row - max) / temperature)), uint64 [vocab]; 0 where less likely than 2**-40 of the maximum.
-
-    Every step is one float32 rounding, in the order in which the kernel takes them.
-    """
-    with np.errstate(over="ignore", under="ignore"):
-        scale = min(np.float32(1.4426950408889634) / np.float32(temperature), np.finfo(np.float32).max)
-        halvings = (row.max() - row) * scale
-        halvings = np.where(halvings < 40, halvings, np.float32(40))
-        whole = halvings.astype(np.int32)
-        part = halvings - whole.astype(np.float32)
-        fraction = np.full_like(part, _HALVING[0])
-        for coefficient in _HALVING[1:]:
-            fraction = fraction * part + coefficient
-    mantissa = (np.maximum(fraction, np.float32(0.5)) * np.float32(1 << 24)).astype(np.uint64)
-    return np.where(halvings < 40, mantissa << np.uint64(16) >> whole.astype(np.uint64), np.uint64(0))
+def _prepared(values, table, logits):
+    """The settings on the device, and those of the larger kernel as one table if an array is among them."""
+    with logits.device:
+        if table is None:
+            return upload(values, _FILTERS, SETTINGS, len(logits))
+        step, _ = upload({"step": values["step"]}, (), SETTINGS, len(logits))
+    return table.packed[0] | step, table.packed[1]
 
 
-def _launch_sample(logits, settings, out):
+def _pairs(values, names):
+    """(array or null, number) of each setting."""
+    arguments = []
+    for name in names:
+        value = values[name]
+        arguments += (None, value) if is_scalar(value) else (value, SETTINGS[name].dtype(0))
+    return arguments
+
+
+def _launch_sample(logits, values, out):
+    arguments = (logits, *_pairs(values, _CLASSIC), out, np.int32(logits.shape[1]))
+    launch(_sample_instance(logits.dtype, _vector(logits)), (len(logits),), (1024,), arguments)
+
+
+def _launch_filtered(logits, values, table, xtc_mask, out, workspace, mirostat_mu, probabilities, top_ids, top_probabilities):
     rows, vocab = logits.shape
-    per_row, for_all = [], []
-    for value, dtype in zip(_upload(settings, logits), _DTYPES, strict=True):
-        is_array = not isinstance(value, np.generic)
-        per_row.append(value if is_array else None)
-        for_all.append(dtype(0) if is_array else value)
-    vector = 4 if vector_width(vocab, logits) == 4 else 1
-    launch(_sample_instance(logits.dtype, vector), (rows,), (1024,), (logits, *per_row, out, np.int32(vocab), *for_all))
+    numbers = [value if is_scalar(value) else np.float32(0) for value in (values[name] for name in _FILTERS)]
+    top = next((array.shape[1] for array in (top_ids, top_probabilities) if array is not None), 0)
+    outputs = (out, mirostat_mu, probabilities, top_ids if top else None, top_probabilities if top else None)
+    sizes = (np.int32(vocab), np.int32(top))
+    arguments = (logits, *_pairs(values, _CLASSIC), table, *numbers, xtc_mask, *outputs, workspace, *sizes)
+    launch(_filtered_instance(logits.dtype, _vector(logits)), (rows,), (1024,), arguments)
 
 
-_DTYPES = (np.float32, np.int32, np.float32, np.float32, np.uint64, np.uint64)
-
-
-def _upload(settings, logits):
-    """The settings in order, the NumPy arrays among them moved to the device of logits in a single copy."""
-    values = list(settings.values())
-    host = [i for i, value in enumerate(values) if isinstance(value, np.ndarray)]
-    if host:
-        rows = len(logits)
-        packed = np.zeros((len(host), rows), np.uint64)
-        for line, i in enumerate(host):
-            packed[line].view(_DTYPES[i])[:rows] = values[i]
-        with logits.device:
-            device = require_cupy().asarray(packed)
-        for line, i in enumerate(host):
-            values[i] = device[line].view(_DTYPES[i])[:rows]
-    return values
+def _vector(logits):
+    return 4 if vector_width(logits.shape[1], logits) == 4 else 1
 
 
 def _sample_instance(x, vector):
     return instance("sample", x, vector)
 
 
-# --- settings ---------------------------------------------------------------------------------------------------------
-
-
-def _real(name, value, xp, rows, expected, is_valid):
-    """A float setting as a float32 scalar or array, checked where the values are on the host."""
-    if is_cupy(value):
-        return _on_device(name, value, xp, rows, (np.float32,))
-    array = np.asarray(value)
-    if array.dtype.kind not in "iuf" and array.dtype not in FLOATS:
-        raise TypeError(f"{name} must be a real number or an array of them, got {_kind(value)}")
-    _check_rows(name, array, rows)
-    array = array.astype(np.float64)
-    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-        rounded = array.astype(np.float32)
-        wrong = ~(is_valid(array) & np.isfinite(rounded))
-    if wrong.any():
-        raise ValueError(f"{name} must be {expected}, got {float(array[wrong].flat[0])!r}")
-    return rounded if array.ndim else rounded[()]
-
-
-def _integer(name, value, xp, rows, dtype, least):
-    """An integer setting: uint64 modulo 2**64, int32 clamped to its largest value (no vocabulary is larger)."""
-    if is_cupy(value):
-        return _on_device(name, value, xp, rows, (np.int32,) if dtype is np.int32 else (np.int64, np.uint64))
-    if np.ndim(value) == 0:
-        try:
-            number = operator.index(value.item() if isinstance(value, (np.ndarray, np.generic)) else value)
-        except TypeError:
-            raise TypeError(f"{name} must be an integer or an array of integers, got {_kind(value)}") from None
-        smallest = largest = number
-    else:
-        array = np.asarray(value)
-        if array.dtype.kind not in "iu":
-            raise TypeError(f"{name} must be an integer or an array of integers, got {_kind(value)}")
-        _check_rows(name, array, rows)
-        smallest, largest = (int(array.min()), int(array.max())) if array.size else (0, 0)
-    if smallest < least:
-        raise ValueError(f"{name} must be at least {least}, got {smallest}")
-    if dtype is np.uint64 and largest >= 1 << 64:
-        raise ValueError(f"{name} must be below 2**64, got {largest}")
-    if np.ndim(value) == 0:
-        return np.uint64(number % (1 << 64)) if dtype is np.uint64 else np.int32(min(number, (1 << 31) - 1))
-    return array.astype(np.uint64) if dtype is np.uint64 else np.minimum(array, (1 << 31) - 1).astype(np.int32)
-
-
-def _on_device(name, value, xp, rows, dtypes):
-    if xp is np:
-        raise TypeError(f"logits is a NumPy array and {name} is a CuPy array: move one with cupy.asarray() or .get()")
-    check(value, name, dtype=tuple(map(np.dtype, dtypes)), shape=(rows,))
-    return value
-
-
-def _check_rows(name, array, rows):
-    if array.ndim and array.shape != (rows,):
-        raise ValueError(f"{name} must be one number or have shape ({rows},), one per row of logits, got {array.shape}")
-
-
-def _kind(value):
-    return f"an array of {value.dtype}" if isinstance(value, np.ndarray) else type(value).__name__
-
-
-# --- random numbers ---------------------------------------------------------------------------------------------------
-
-
-def philox4x32(counter, key):
-    """Philox4x32-10: four random 32-bit words as a function of a counter [..., 4] and a key [..., 2], all uint32.
-
-    Source: Salmon, Moraes, Dror and Shaw, Parallel Random Numbers: As Easy as 1, 2, 3, SC 2011.
-
-    >>> philox4x32([0, 0, 0, 0], [0, 0])
-    array([1713891541, 3781805453, 3159862348, 2600524760], dtype=uint32)
-    """
-    low32, shift = np.uint64(0xFFFFFFFF), np.uint64(32)
-    words = [np.asarray(counter, np.uint32)[..., i].astype(np.uint64) for i in range(4)]
-    keys = [np.asarray(key, np.uint32)[..., i].astype(np.uint64) for i in range(2)]
-    for _ in range(10):
-        product_0, product_2 = words[0] * np.uint64(0xD2511F53), words[2] * np.uint64(0xCD9E8D57)
-        words = [
-            product_2 >> shift ^ words[1] ^ keys[0],
-            product_2 & low32,
-            product_0 >> shift ^ words[3] ^ keys[1],
-            product_0 & low32,
-        ]
-        keys = [keys[0] + np.uint64(0x9E3779B9) & low32, keys[1] + np.uint64(0xBB67AE85) & low32]
-    return np.stack(np.broadcast_arrays(*words), axis=-1).astype(np.uint32)
-
-
-def philox_bits(seed, step):
-    """The 64 random bits of `step` under `seed` (numbers or arrays that broadcast): two words, the low one first."""
-    seed, step = np.broadcast_arrays(_as_uint64(seed), _as_uint64(step))
-    low32, shift = np.uint64(0xFFFFFFFF), np.uint64(32)
-    zero = np.zeros_like(step)
-    words = philox4x32(
-        np.stack([step & low32, step >> shift, zero, zero], axis=-1), np.stack([seed & low32, seed >> shift], axis=-1)
-    ).astype(np.uint64)
-    return words[..., 1] << shift | words[..., 0]
-
-
-def _as_uint64(value):
-    return np.uint64(value % (1 << 64)) if isinstance(value, int) else np.asarray(value).astype(np.uint64)
-
-
-def philox_uniform(seed, step):
-    """Uniform numbers in [0, 1), float64: the upper 53 of the 64 bits `sample` draws with.
-
-    >>> philox_uniform(0, 0)
-    np.float64(0.8805201978886142)
-    """
-    return (philox_bits(seed, step) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+def _filtered_instance(x, vector):
+    return instance("sample_filtered", x, vector, file="sample")
 
 
 INSTANCES = [_sample_instance(x, vector) for x in FLOATS for vector in (1, 4)]
-"""All instances of the kernel."""
+INSTANCES += [_filtered_instance(x, 4) for x in FLOATS] + [_filtered_instance(float32, 1)]
+"""All instances of `sample`; of `sample_filtered`, float16 and bfloat16 of odd vocabularies are left to their first use."""

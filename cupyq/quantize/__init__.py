@@ -1,0 +1,1 @@
+"""Making EXL2 checkpoints: which layer gets how many bits (anneal)."""
