@@ -154,3 +154,19 @@ __device__ __forceinline__ uint32 fma_bfloat162(uint32 x, uint32 y, uint32 z) {
 #else
 __device__ uint32 fma_bfloat162(uint32 x, uint32 y, uint32 z);  // declared for discarded branches; Turing has none
 #endif
+
+// Programmatic dependent launch (sm_90 on; PTX ISA: griddepcontrol). A kernel launched so may start while the one before it in
+// the stream still runs. Until this wait returns, only memory that no other kernel writes may be read, and none written.
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Lets the next kernel's thread blocks onto the multiprocessors as soon as every block of this one has come here or ended.
+// Never before wait_for_previous_kernel(): then whatever ran before this kernel is complete when the next one starts.
+__device__ __forceinline__ void let_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
