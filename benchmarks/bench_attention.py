@@ -15,9 +15,11 @@ from unittest import mock
 
 import cupy
 import numpy as np
-from common import cublas_tflops, graph_microseconds, read_gigabytes_per_s, torch_graph_microseconds, torch_or_none
 
 from cupyq import _device
+from cupyq.bench.limits import cublas_tflops, read_gigabytes_per_s
+from cupyq.bench.peers import torch_graph_microseconds, torch_or_none
+from cupyq.bench.timing import graph_microseconds
 
 family = importlib.import_module("cupyq.ops.attention")  # the op of the same name hides the module
 

@@ -14,9 +14,10 @@ import sys
 
 import cupy
 import numpy as np
-from common import graph_microseconds, read_gigabytes_per_s
 
 from cupyq import _device, ops
+from cupyq.bench.limits import read_gigabytes_per_s
+from cupyq.bench.timing import graph_microseconds
 from cupyq.formats.kv_cache import KINDS, code_shape, scale_shape
 
 COLD_BYTES = 200 * 2**20

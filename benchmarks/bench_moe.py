@@ -13,14 +13,13 @@ import sys
 
 import cupy
 import numpy as np
-from bench_qmatmul import copies, random_matrix
-from common import cublas_tflops, eager_microseconds, graph_microseconds, read_gigabytes_per_s
 
+from cupyq.bench.limits import cublas_tflops, read_gigabytes_per_s
+from cupyq.bench.random_matrices import Words, parse_kind, random_tensors, words_needed
+from cupyq.bench.timing import cold_copies, graph_microseconds
 from cupyq.layers import MLP, Linear, MoE
-from cupyq.ops.matmul import matmul
-from cupyq.ops.qmatmul import reconstruct
-from cupyq.ops.qmatmul_grouped import qmatmul_grouped
-from cupyq.ops.routing import TILE_ROWS, combine_rows, group_rows, route
+from cupyq.ops import QMatrix, combine_rows, group_rows, matmul, qmatmul_grouped, reconstruct, route
+from cupyq.ops.routing import TILE_ROWS
 
 SHAPES = {  # hidden, inner, experts, top_k
     "mixtral-8x7b": (4096, 14336, 8, 2),
@@ -38,11 +37,12 @@ class GivenLogits:
         return self.logits
 
 
-def make_layer(shape, options, seed):
+def make_layer(shape, options, words, seed):
     hidden, inner, experts, top_k = SHAPES[shape]
+    kind = parse_kind(f"{'gptq' if options.gptq else ''}{options.bits}-g{options.group}{'-act' if options.gptq else ''}")
 
     def linear(k, n, number):
-        return Linear(random_matrix(k, n, options.bits, options.group, 1000 * seed + number, is_gptq=options.gptq))
+        return Linear(QMatrix.from_tensors(random_tensors(kind, k, n, words, cupy, seed=1000 * seed + number)))
 
     mlps = [
         MLP(linear(hidden, inner, 3 * e), linear(hidden, inner, 3 * e + 1), linear(inner, hidden, 3 * e + 2), "silu")
@@ -101,9 +101,8 @@ def bench(shape, layers, rows, options, read, flops):
     verify(layers[0], x, layers[0](x))
     routed = [(layer, *route(layer.router(x), layer.top_k)) for layer in layers]
     us = graph_microseconds(lambda: [layer(x) for layer in layers]) / len(layers)
-    # Beyond 64 rows the other way calls cuBLAS, which CuPy lets into no graph.
-    timer = graph_microseconds if rows <= 64 else eager_microseconds
-    every = timer(lambda: [layer._one_by_one(x, weights, chosen, None) for layer, weights, chosen in routed]) / len(layers)
+    others = lambda: [layer._one_by_one(x, weights, chosen, None) for layer, weights, chosen in routed]  # noqa: E731
+    every = graph_microseconds(others) / len(layers)
     limit = np.mean([limit_us(layer, chosen.get(), read, flops) for layer, _, chosen in routed])
     print(f"{shape:>14} {rows:>5} {us:9.1f} {limit:9.1f} {limit / us:6.1%} {every:16.1f} {every / us:6.1f}", flush=True)
     row = dict(shape=shape, rows=rows, bits=options.bits, us=us, limit_us=float(limit), every_expert_us=every)
@@ -131,7 +130,8 @@ def main():
     for shape in options.shapes.split(","):
         hidden, inner, experts, _ = SHAPES[shape]
         layer_bytes = 3 * hidden * inner * experts * options.bits // 8
-        layers = [make_layer(shape, options, seed) for seed in range(copies(layer_bytes))]
+        words = Words(cupy, words_needed(hidden, inner))
+        layers = [make_layer(shape, options, words, seed) for seed in range(cold_copies(layer_bytes))]
         for rows in map(int, options.rows.split(",")):
             bench(shape, layers, rows, options, read, flops)
         del layers

@@ -14,9 +14,10 @@ import time
 
 import cupy
 import numpy as np
-from common import graph_microseconds, read_gigabytes_per_s
 
 from cupyq import _device
+from cupyq.bench.limits import read_gigabytes_per_s
+from cupyq.bench.timing import graph_microseconds
 from cupyq.ops import PenaltyTable, SamplerTable, penalize, penalize_workspace_size, sample, sample_workspace_size
 
 COLD_BYTES = 200 * 2**20

@@ -61,14 +61,16 @@ def namespace(**arrays):
     for a mix of the two libraries, ValueError for CuPy arrays on different devices: nothing is ever moved silently.
     """
     xp = first = device = None
+    cupy: Any = sys.modules.get("cupy")
+    cupy_array = () if cupy is None else cupy.ndarray
     for name, array in arrays.items():
         if array is None:
             continue
         if isinstance(array, np.ndarray):
             this = np
-        elif is_cupy(array):
-            this = sys.modules["cupy"]
-            this_device = array.device.id
+        elif isinstance(array, cupy_array):
+            this = cupy
+            this_device = array.data.device_id  # array.device.id builds an object
             if device is None:
                 device = this_device
             elif device != this_device:
@@ -99,26 +101,34 @@ def check(array, name, *, dtype=None, shape=None, ndim=None, last=None, writes=F
         if array.dtype not in dtypes:
             expected = " or ".join(str(np.dtype(d)) for d in dtypes)
             raise TypeError(f"{name} must have dtype {expected}, got {array.dtype}")
-    if shape is not None and (
-        len(shape) != array.ndim or any(s is not None and s != t for s, t in zip(shape, array.shape, strict=True))
-    ):
+    if shape is not None and (found := array.shape) != shape and not _is_shape(found, shape):
         expected = ", ".join("any" if s is None else str(s) for s in shape)
         raise ValueError(f"{name} must have shape ({expected}), got {array.shape}")
     if ndim is not None and array.ndim != ndim:
         raise ValueError(f"{name} must have {ndim} dimensions, got shape {array.shape}")
     if last is not None and (array.ndim == 0 or array.shape[-1] != last):
         raise ValueError(f"{name} must have {last} as its last dimension, got shape {array.shape}")
-    if not array.flags.c_contiguous:
+    if not is_contiguous(array):
         raise ValueError(f"{name} must be C-contiguous, got strides {array.strides}: pass ascontiguousarray({name})")
     if writes and isinstance(array, np.ndarray) and not array.flags.writeable:
         raise ValueError(f"{name} is read-only and would be written: pass a writable array")
+
+
+def _is_shape(found, shape):
+    return len(shape) == len(found) and all(s is None or s == t for s, t in zip(shape, found, strict=True))
+
+
+def is_contiguous(array):
+    """Whether an array of NumPy or CuPy is C-contiguous."""
+    # CuPy's flags are an object, which takes ten times as long to ask.
+    return array.flags.c_contiguous if isinstance(array, np.ndarray) else array._c_contiguous
 
 
 def output(xp, out, shape, dtype, name="out"):
     """`out` after checking that it can take the result, or a new array where it is None."""
     if out is None:
         return xp.empty(shape, dtype)
-    if namespace(**{name: out}) is not xp:
+    if not isinstance(out, xp.ndarray) and namespace(**{name: out}) is not xp:
         raise TypeError(f"{name} must be an array of {xp.__name__}, as the inputs are, got {type(out).__module__}")
     check(out, name, dtype=dtype, shape=shape, writes=True)
     return out
@@ -127,7 +137,7 @@ def output(xp, out, shape, dtype, name="out"):
 def byte_bounds(array):
     """First and one-past-last address of a C-contiguous array."""
     address = array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr
-    return address, address + array.size * array.itemsize
+    return address, address + array.nbytes
 
 
 def refuse_partial_overlap(out, **inputs):
@@ -137,8 +147,7 @@ def refuse_partial_overlap(out, **inputs):
         if array is None or array is out:
             continue
         start, end = byte_bounds(array)
-        same = start == low and end == high and array.dtype == out.dtype
-        if start < high and low < end and not same:
+        if start < high and low < end and (start, end, array.dtype) != (low, high, out.dtype):
             raise ValueError(f"out overlaps {name} partly: pass {name} itself or separate memory")
 
 
@@ -146,6 +155,7 @@ def refuse_partial_overlap(out, **inputs):
 
 _CPU_DEVICES = (1, 3)  # DLPack device types: host memory, page-locked host memory
 _foreign_types: dict[type, bool] = {}  # type -> whether it needs the edge
+_native_types: set[type] = set()  # those that do not
 
 
 def _is_foreign(value):
@@ -154,6 +164,8 @@ def _is_foreign(value):
     if known is None:
         native = isinstance(value, (np.ndarray, np.generic)) or is_cupy(value)
         known = _foreign_types[kind] = hasattr(kind, "__dlpack__") and not native
+        if not known:
+            _native_types.add(kind)
     return known
 
 
@@ -170,7 +182,9 @@ def accepts_dlpack(op=None, *, writes=("out", "workspace")):
 
     @functools.wraps(op)
     def edge(*args, **kwargs):
-        if not any(map(_is_foreign, args)) and not (kwargs and any(map(_is_foreign, kwargs.values()))):
+        if _native_types.issuperset(map(type, args)) and _native_types.issuperset(map(type, kwargs.values())):
+            return op(*args, **kwargs)
+        if not any(map(_is_foreign, (*args, *kwargs.values()))):
             return op(*args, **kwargs)
         bound = signature.bind(*args, **kwargs)
         return _call_with_foreign(op, bound.arguments, writes)

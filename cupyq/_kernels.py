@@ -1,4 +1,4 @@
-"""CUDA sources to launchable kernels: NVRTC, an own disk cache, `cupy.RawModule`.
+"""CUDA sources to kernels at work: NVRTC, an own disk cache, `cupy.RawModule`, and launches that may overlap.
 
 A kernel is one template instance of one function in one file of `cu/`, compiled to a cubin for one real architecture.
 The cache key covers every source text, the options, the NVRTC version, the architecture and the instance: CuPy's own
@@ -10,17 +10,18 @@ import contextlib
 import functools
 import hashlib
 import os
+import re
 import secrets
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from cupyq import _arrays, _device
+from cupyq import _arrays, _device, _launch
 from cupyq.errors import BackendError
 
 SOURCE_FOLDER = Path(__file__).parent / "cu"
@@ -29,8 +30,7 @@ OPTIONS = ("--std=c++17", "--device-as-default-execution-space")
 _C_TYPES = {_arrays.float16: "half", _arrays.bfloat16: "bfloat16", _arrays.float32: "float", _arrays.int32: "int"}
 
 
-@dataclass(frozen=True, order=True)
-class Instance:
+class Instance(NamedTuple):  # which hashes faster than a dataclass: it is looked up at every launch
     """One template instance: the `.cu` file's stem and the C++ expression that names the kernel."""
 
     file: str
@@ -225,83 +225,181 @@ def _announced(what):
 
 # --- launching --------------------------------------------------------------------------------------------------------
 
-_trace: list[tuple[Instance, str]] | None = None  # while tracing: what was asked for
+
+class _Tracing(threading.local):
+    """What this thread asked for while it traces; other threads launch on."""
+
+    noted: list[tuple[Instance, str]] | None = None
+
+
+_tracing = _Tracing()
 
 
 @contextlib.contextmanager
 def tracing():
-    """Within this context kernels are noted, not compiled nor launched: run a model once to learn what it needs."""
-    global _trace
-    outer, _trace = _trace, []
+    """Within this context this thread's kernels are noted, not compiled nor launched: to learn what a model needs."""
+    outer, _tracing.noted = _tracing.noted, []
     try:
-        yield _trace
+        yield _tracing.noted
     finally:
-        _trace = outer
+        _tracing.noted = outer
+
+
+def is_tracing():
+    """Whether this thread traces, so that nothing is computed."""
+    return _tracing.noted is not None
 
 
 def launch(wanted, grid, block, arguments, shared_bytes=0):
     """Launch an instance on the device of its arrays and CuPy's current stream.
 
-    `arguments`: CuPy arrays (C-contiguous), NumPy scalars (their dtype is the kernel's), or None for a null pointer.
-    Bare Python numbers are refused: CuPy would pass an int as 64 bits and a float as a double.
+    `arguments`: CuPy arrays (C-contiguous), NumPy scalars (their dtype is the kernel's), structured ones among them (passed
+    by value, to a `struct alignas(16)`), or None for a null pointer. Bare Python numbers are refused: they have no size.
     """
-    cupy = sys.modules.get("cupy")
-    array_type = () if cupy is None else cupy.ndarray
+    kinds = tuple(map(type, arguments))
+    layout = _layouts.get(kinds) or _new_layout(wanted, kinds, arguments)
+    values = list(arguments)
     device_id = None
-    checked: list[object] = []
-    for position, value in enumerate(arguments):
-        if value is None:
-            checked.append(_NULL)
-        elif isinstance(value, np.generic):
-            checked.append(value)
-        elif isinstance(value, array_type):
-            if not value.flags.c_contiguous:
-                raise ValueError(f"{wanted}: argument {position} is not C-contiguous, strides {value.strides}")
-            own_device = value.data.device_id
-            if device_id is None:
-                device_id = own_device
-            elif device_id != own_device:
-                raise ValueError(f"{wanted}: argument {position} is on GPU {own_device}, the first on {device_id}")
-            checked.append(value)
-        else:
-            raise TypeError(f"{wanted}: argument {position} is a {type(value).__name__}: wrap numbers, as in np.int32(3)")
+    for position in layout.arrays:
+        array = values[position]
+        if not array._c_contiguous:  # array.flags takes ten times as long
+            raise ValueError(f"{wanted}: argument {position} is not C-contiguous, strides {array.strides}")
+        memory = array.data
+        if memory.device_id != device_id:
+            if device_id is not None:
+                raise ValueError(f"{wanted}: argument {position} is on GPU {memory.device_id}, the first on {device_id}")
+            device_id = memory.device_id
+        values[position] = memory.ptr
+    for position in layout.nulls:
+        values[position] = 0
+    for position in layout.structures:
+        values[position] = values[position].tobytes()
+        if len(values[position]) != layout.places[position][1]:  # a type may have any size
+            layout = _new_layout(wanted, kinds, arguments)
     if 0 in grid or 0 in block:
         raise ValueError(f"{wanted}: empty launch, grid {grid}, block {block}")
-    if cupy is None or device_id is None:
-        raise TypeError(f"{wanted}: no array among the arguments")
-    arch = _device.info(device_id).arch
-    if _trace is not None:
-        _trace.append((wanted, arch))
-    elif device_id == cupy.cuda.runtime.getDevice():
-        _launch_here(wanted, arch, device_id, grid, block, tuple(checked), shared_bytes)
+    if _tracing.noted is not None:
+        _tracing.noted.append((wanted, _device.info(device_id).arch))
+        return
+    cuda = sys.modules["cupy"].cuda
+    if device_id == cuda.runtime.getDevice():
+        _launch_here(wanted, device_id, layout, grid, block, values, shared_bytes, cuda)
     else:
-        with cupy.cuda.Device(device_id):
-            _launch_here(wanted, arch, device_id, grid, block, tuple(checked), shared_bytes)
+        with cuda.Device(device_id):
+            _launch_here(wanted, device_id, layout, grid, block, values, shared_bytes, cuda)
 
 
-_NULL = np.uint64(0)
+_layouts: dict[tuple, _launch.Layout] = {}  # by the types of the arguments, and the sizes of structures if there are any
 
 
-_shared_allowed: dict[tuple[Instance, int], int] = {}  # (instance, device) -> dynamic shared memory it may ask for
+def _new_layout(wanted, kinds, arguments):
+    sizes = [value.dtype.itemsize for value in arguments if isinstance(value, np.void)]
+    layout = _layouts.get((*kinds, *sizes))
+    if layout is None:
+        cupy = sys.modules.get("cupy")
+        try:
+            layout = _launch.layout_of(arguments, () if cupy is None else cupy.ndarray)
+            if not layout.arrays:
+                raise TypeError("no array among the arguments")
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{wanted}: {error}") from None
+        _layouts[(*kinds, *sizes)] = _layouts[kinds] = layout
+    return layout
 
 
-def _launch_here(wanted, arch, device_id, grid, block, arguments, shared_bytes):
-    function = _function(wanted, arch)
+class _Loaded:
+    """A kernel on one device: what a launch needs to know of it."""
+
+    def __init__(self, wanted, arch):
+        code_path, lowered = compiled(wanted, arch)
+        # CuPy loads it into the current device when its address is asked for.
+        self.kernel = _arrays.require_cupy().RawModule(path=str(code_path)).get_function(lowered)
+        self.address = self.kernel.kernel.ptr
+        self.is_overlap_aware = _is_overlap_allowed(arch) and is_overlap_aware(wanted.file)
+        self.shared_bytes = 0  # dynamic shared memory it may ask for, beyond what the driver allows without being asked
+        self.layouts = set()  # those that fit its parameters
+
+
+_loaded: dict[tuple[Instance, int], _Loaded] = {}
+_queues: dict[tuple[int, int], _launch.Queue] = {}  # by device and stream
+
+
+def _launch_here(wanted, device_id, layout, grid, block, values, shared_bytes, cuda):
+    kernel = _loaded.get((wanted, device_id))
+    if kernel is None:
+        kernel = _loaded.setdefault((wanted, device_id), _Loaded(wanted, _device.info(device_id).arch))
     # Without being asked, the driver allows 48 KiB, of which a kernel's static arrays take their share.
-    if shared_bytes > _shared_allowed.get((wanted, device_id), 0):
-        function.max_dynamic_shared_size_bytes = shared_bytes
-        _shared_allowed[wanted, device_id] = shared_bytes
-    function(grid, block, arguments, shared_mem=shared_bytes)
+    if shared_bytes > kernel.shared_bytes:
+        try:
+            kernel.kernel.max_dynamic_shared_size_bytes = shared_bytes
+        except cuda.driver.CUDADriverError as error:
+            raise BackendError(
+                f"{wanted}: GPU {device_id} does not give it {shared_bytes} bytes of shared memory: {error}"
+            ) from None
+        kernel.shared_bytes = shared_bytes
+    if layout not in kernel.layouts:
+        try:
+            _launch.check_parameters(kernel.address, layout)
+        except TypeError as error:
+            raise TypeError(f"{wanted}: {error}") from None
+        kernel.layouts.add(layout)
+    stream = cuda.get_current_stream(device_id).ptr
+    queue = _queues.get((device_id, stream))
+    if queue is None:
+        queue = _queues.setdefault((device_id, stream), _launch.Queue(stream))
+    with queue.lock:
+        overlaps = queue.is_overlap_aware and kernel.is_overlap_aware
+        try:
+            status = queue.launch(kernel.address, layout, grid, block, shared_bytes, values, overlaps)
+        except ValueError as error:
+            raise ValueError(f"{wanted}: {error}") from None
+        if status == _launch.INVALID_CONTEXT:  # the first work of this thread on a GPU
+            cuda.runtime.memGetInfo()  # makes the device's context that of the thread, as CuPy does it
+            status = queue.launch(kernel.address, layout, grid, block, shared_bytes, values, overlaps)
+        if status == 0:
+            queue.is_overlap_aware = kernel.is_overlap_aware
+    if status:
+        raise BackendError(
+            f"{wanted} cannot be launched: {_launch.error_text(status)}; grid {grid}, block {block}, {shared_bytes} bytes of "
+            f"dynamic shared memory, GPU {device_id}"
+        )
 
 
-@functools.cache
-def _function(wanted, arch):
-    # RawModule loads lazily and once per device, so one object serves every GPU of this architecture.
-    code_path, lowered = compiled(wanted, arch)
-    return _arrays.require_cupy().RawModule(path=str(code_path)).get_function(lowered)
+# Overlap (programmatic dependent launch). From sm_90 on, a kernel may be launched so that its blocks start while the one
+# before it in the stream still runs; `wait_for_previous_kernel()` in its code then waits for that kernel's end and results.
+#
+# A kernel that waits before it touches anything that other kernels write is *overlap-aware*. It is launched so where the
+# kernel launched before it on the same stream, through this module, is overlap-aware too:
+# - It reads ahead of its wait only the constants of a QMatrix. Those are written by the kernels of repack.cu, which are not
+#   overlap-aware: the next kernel starts after they are complete, in the ordinary way.
+# - An overlap-aware kernel may let the next one start at once: several kernels of a stream then have blocks on the GPU, of
+#   which all but the first wait. Each ends after its wait, so after the one before it: what a wait returns to is complete.
+# - Kernels that others launch in between (CuPy, cuBLAS) write no constants, and the wait waits for them as well. Copies,
+#   events and graphs end before the next kernel starts: only kernels overlap.
+# Capturing changes nothing: a graph keeps an overlap as an edge of its own kind.
+
+
+def _is_overlap_allowed(arch):
+    return os.environ.get("CUPYQ_OVERLAP") != "0" and _device.arch_number(arch) >= 90
+
+
+def is_overlap_aware(file):
+    """Whether the kernels of cu/<file>.cu, or a header that it includes, call wait_for_previous_kernel()."""
+    texts = _sources()[0]
+    files, seen = [f"{file}.cu"], {"ptx.cuh"}  # ptx.cuh defines it
+    while files:
+        name = files.pop()
+        if name in seen or name not in texts:
+            continue
+        seen.add(name)
+        code = re.sub(r"//[^\n]*|/\*.*?\*/", "", texts[name], flags=re.DOTALL)
+        if "wait_for_previous_kernel()" in code:
+            return True
+        files += re.findall(r'#include "(\w+\.cuh)"', code)
+    return False
 
 
 def forget_loaded():
     """Drop the kernels loaded by this process (the disk cache stays): for tests and for timing cold starts."""
-    _function.cache_clear()
-    _shared_allowed.clear()
+    _loaded.clear()
+    _queues.clear()

@@ -4,8 +4,6 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
-from tqdm import tqdm
-
 Item = TypeVar("Item", bound=Any)
 
 
@@ -14,6 +12,8 @@ def progress(items: Iterable[Item], total_bytes: int, label: str, *, force: bool
 
     After one second a bar with bytes and bytes per second appears on stderr, if that is a terminal or `force` is set.
     """
+    from tqdm import tqdm  # takes longer to import than small models to load
+
     shown = force or sys.stderr.isatty()
     # A bar that stays on screen after the work would be one more line to scroll past: leave=False.
     with tqdm(total=total_bytes, desc=label, unit="B", unit_scale=True, delay=1, leave=False, disable=not shown) as bar:

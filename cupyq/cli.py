@@ -1,4 +1,4 @@
-"""The command line: `cupyq doctor | inspect | generate | perplexity | compile`, also as `python -m cupyq`.
+"""The command line: `cupyq doctor | inspect | generate | perplexity | compile | bench`, also as `python -m cupyq`.
 
 With --json the last line of stdout is one JSON object and everything else goes to stderr. Errors are one line on stderr and
 exit code 2. Heavy modules are imported inside the commands: `cupyq --help` loads neither NumPy nor CuPy.
@@ -11,6 +11,8 @@ import json
 import os
 import sys
 
+from cupyq.bench import arguments as bench_arguments
+
 EXAMPLES = """\
 examples:
   cupyq doctor                                            is the GPU ready, and if not, what mends it
@@ -20,6 +22,7 @@ examples:
   cupyq generate MODEL --prompt "Dear" --lora STYLE=0.8   with a LoRA adapter, a PEFT folder
   cupyq perplexity MODEL --text val.txt --reference FP16  what quantizing cost
   cupyq compile --arch sm_80 sm_90a                       fill the kernel cache, also without a GPU
+  cupyq bench qmatmul --bits 4 --rows 1,16                products with quantized weights, against the limit
 
 MODEL is a folder with config.json and *.safetensors: EXL2, GPTQ or float16.
 """
@@ -121,6 +124,9 @@ def build_parser():
 
     sub = command("compile", _compile, "compile the kernels ahead of their first use")
     sub.add_argument("--arch", nargs="+", metavar="ARCH", help="such as sm_80 sm_90a; default: this machine's GPU")
+
+    sub = command("bench", _bench, "measure products or a whole model, against what this machine can do at most")
+    bench_arguments.add_arguments(sub, _whole)
     return parser
 
 
@@ -457,3 +463,9 @@ def _checked_arch(text):
     if number not in known:
         raise ValueError(f"--arch {text}: this NVRTC and cupyq know {', '.join(f'sm_{known}' for known in known)}")
     return _device.arch_of(*divmod(number, 10))
+
+
+def _bench(arguments):
+    from cupyq.bench import run
+
+    return run(arguments)

@@ -11,7 +11,7 @@ import pytest
 from conftest import exact_bound
 
 from cupyq import _device, _kernels
-from cupyq.ops.attention import attention, attention_reference, attention_workspace_size
+from cupyq.ops.attention import attention, attention_reference, attention_workspace_size, kv_length_bucket
 
 module = importlib.import_module("cupyq.ops.attention")  # the op of the same name hides the module
 bfloat16 = np.dtype(ml_dtypes.bfloat16)
@@ -288,11 +288,13 @@ def test_pick_kernel():
 @pytest.mark.parametrize("arch", [*_device.TARGET_ARCHS, "sm_999"])
 def test_tiles_fit_every_gpu(arch):
     for head_dim in range(8, 257, 8):
-        prefill, decode = module.pick_prefill_config(head_dim, arch), module.pick_decode_config(head_dim, arch)
+        prefill = module.pick_prefill_config(head_dim, arch)
         assert prefill.shared_bytes(head_dim) <= module.shared_bytes_limit(arch)
-        assert decode.shared_bytes(head_dim) <= module.shared_bytes_limit(arch)
         assert prefill.tile_keys % 16 == 0 and 16 * prefill.warps <= 4 * prefill.tile_keys
-        assert decode.stages >= 2
+        for is_crowded in (False, True):
+            decode = module.pick_decode_config(head_dim, arch, is_crowded)
+            assert decode.shared_bytes(head_dim) <= module.shared_bytes_limit(arch)
+            assert decode.stages >= 2
 
 
 @pytest.mark.parametrize("arch", ["sm_75", "sm_86", "sm_90a", "sm_100a"])
@@ -309,22 +311,50 @@ def test_wide_heads_do_not_spill(arch):
 
 def test_tiles_of_an_h100():
     assert module.pick_prefill_config(128, "sm_90a") == module.PrefillConfig(warps=8, tile_keys=64)
-    assert module.pick_decode_config(128, "sm_90a") == module.DecodeConfig(warps=4, stages=3)
-    # Two decode blocks live on one multiprocessor: 228 KiB, of which 1 KiB a block is the system's.
-    assert 2 * (module.DecodeConfig(4, 3).shared_bytes(128) + 1024) <= 228 * 1024
+    assert module.pick_decode_config(128, "sm_90a") == module.DecodeConfig(warps=8, stages=3)
+    # In a crowd two decode blocks live on one multiprocessor: 228 KiB, of which 1 KiB a block is the system's.
+    crowded = module.pick_decode_config(128, "sm_90a", is_crowded=True)
+    assert crowded.warps == 4 and 2 * (crowded.shared_bytes(128) + 1024) <= 228 * 1024
 
 
 def test_splits_fill_the_gpu_and_no_more():
-    assert module.pick_splits(8, 32768, 4, 132) == 33
-    assert module.pick_splits(8, 100, 4, 132) == 2
+    assert module.pick_splits(8, 4096, 4, 132) == 16
+    assert module.pick_splits(8, 256, 4, 132) == 4
     assert module.pick_splits(8, 0, 4, 132) == 1
-    assert module.pick_splits(1000, 32768, 4, 132) == 1
+    assert module.pick_splits(1, 256, 16, 132) == 4
+    assert module.pick_splits(1, 4096, 16, 132) == 24  # more would leave more to add than they save
+    assert module.pick_splits(1000, 32768, 4, 132) == module.pick_splits(5000, 32768, 4, 16000) == 1
     for blocks, keys, sms in itertools.product([1, 3, 8, 100, 131, 265], [1, 64, 65, 5000, 100_003], [1, 20, 132]):
-        splits = module.pick_splits(blocks, keys, 4, sms)
-        assert splits == 1 or blocks * splits <= 2 * sms
-        assert (splits - 1) * 64 < max(keys, 1)
-        rows = 16 * blocks
-        assert splits == 1 or rows * splits * (128 + 2) <= attention_workspace_size(128, sm_count=sms)
+        for rows in (1, 4, 16):
+            splits = module.pick_splits(blocks, keys, rows, sms)
+            assert splits == 1 or (blocks * splits <= sms and blocks <= module._COUNTERS)
+            assert (splits - 1) * 64 < max(keys, 1)
+            needed = module._COUNTERS + rows * blocks * splits * (128 + 2)
+            assert splits == 1 or needed <= attention_workspace_size(128, sm_count=sms)
+
+
+def shares_in_the_kernel(tiles, rows, splits):
+    """share_count of cu/attention_decode.cu, in its float32."""
+    useful = int(np.sqrt(np.float32(32) * np.float32(tiles) / np.float32(rows))) + 1
+    return max(1, min(splits, useful, (tiles + 3) // 4))
+
+
+def test_any_bound_that_holds_gives_the_same_shares():
+    """So a graph captured for a bucket, an exact bound and none at all compute the same bits."""
+    for keys, rows, blocks in itertools.product([0, 1, 64, 65, 300, 1000, 4096, 31_337], [1, 3, 4, 8, 16], [1, 8, 100]):
+        of_bounds = set()
+        for bound in (keys, keys + 1, kv_length_bucket(keys, 40_000), 40_000):
+            splits = module.pick_splits(blocks, bound, rows, 132)
+            of_bounds |= {shares_in_the_kernel(-(-keys // 16), r, splits) for r in [rows]}
+        assert len(of_bounds) == 1, (keys, rows, blocks, of_bounds)
+
+
+def test_buckets():
+    assert [kv_length_bucket(n, 10_000) for n in (0, 1, 256, 257, 512, 513, 8193)] == [256, 256, 256, 512, 512, 1024, 10_000]
+    assert kv_length_bucket(5, 100) == kv_length_bucket(500, 100) == 100 and kv_length_bucket(5, 0) == 0
+    for length in range(1, 3000):
+        bucket = kv_length_bucket(length, 3000)
+        assert bucket >= length and kv_length_bucket(bucket, 3000) == bucket
 
 
 # --- kernels --------------------------------------------------------------------------------------------------------
@@ -374,6 +404,8 @@ SHAPES = [
     (3, 1, 300, 8, 1, {"kv_lengths": lengths_of(256, 1, 300)}),
     (2, 2, 300, 6, 2, {"kv_lengths": lengths_of(257, 1), "window": 33}),
     (2, 5, 1100, 16, 2, {"kv_lengths": lengths_of(1100, 64)}),
+    (1, 1, 2100, 12, 1, {"kv_lengths": lengths_of(2065)}),
+    (1, 1, 700, 40, 2, {"kv_lengths": lengths_of(650)}),
     (1, 16, 256, 9, 3, {"window": 100}),
     (1, 16, 256, 3, 1, {"causal": False}),
     (1, 17, 17, 3, 1, {}),
@@ -458,11 +490,39 @@ def test_same_bits_again_with_workspace_and_in_place(cupy, dtype, seq):
     q, k, v = map(cupy.asarray, make(np.random.default_rng(13), dtype, 2, seq, 1500, 8, 2, 64, batch_capacity=3))
     first = attention(q, k, v)
     assert first.dtype == dtype and first.shape == q.shape
-    workspace = cupy.full(attention_workspace_size(64), math.nan, np.float32)
+    workspace = cupy.zeros(attention_workspace_size(64), np.float32)
+    workspace[module._COUNTERS :] = math.nan
     for _ in range(3):
         assert attention(q, k, v, workspace=workspace).get().tobytes() == first.get().tobytes()
+        assert not workspace[: module._COUNTERS].get().view(np.uint32).any(), "a counter is left behind"
     assert attention(q, k, v, out=q, workspace=workspace) is q
     assert q.get().tobytes() == first.get().tobytes()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_every_bound_that_holds_gives_the_same_bits(cupy, dtype):
+    """And one workspace serves calls of many sizes in turn."""
+    workspace = cupy.zeros(attention_workspace_size(128), np.float32)
+    rng = np.random.default_rng(17)
+    for heads, kv_heads, seq in ((8, 2, 1), (8, 8, 1), (20, 1, 3)):
+        q, k, v = map(cupy.asarray, make(rng, dtype, 2, seq, 5000, heads, kv_heads, 128))
+        for longest in (1, 63, 65, 300, 1000, 4097):
+            lengths = cupy.asarray(lengths_of(longest, longest // 3 + 1))
+            results = {
+                attention(q, k, v, kv_lengths=lengths, max_kv_length=bound, workspace=given).get().tobytes()
+                for bound, given in itertools.product((longest, kv_length_bucket(longest, 5000), None), (workspace, None))
+            }
+            assert len(results) == 1
+
+
+@pytest.mark.gpu
+def test_a_crowd_of_rows(cupy):
+    """So many batch rows that every multiprocessor has two blocks of four warps, with keys for several tiles a warp."""
+    rows = 2 * _device.current().sm_count
+    arrays = make(np.random.default_rng(18), np.float16, rows, 1, 200, 4, 1, 64)
+    lengths = np.random.default_rng(19).integers(1, 201, rows).astype(np.int32)
+    verify(cupy, *arrays, kv_lengths=lengths)
 
 
 @pytest.mark.gpu
@@ -470,6 +530,8 @@ def test_a_small_workspace_is_refused(cupy):
     q, k, v = map(cupy.asarray, make(np.random.default_rng(14), np.float16, 1, 1, 4096, 8, 2, 64))
     with pytest.raises(ValueError, match="workspace must have at least"):
         attention(q, k, v, workspace=cupy.zeros(100, np.float32))
+    with pytest.raises(ValueError, match="workspace must begin at a multiple of 8 bytes"):
+        attention(q, k, v, workspace=cupy.zeros(attention_workspace_size(64) + 1, np.float32)[1:])
 
 
 @pytest.mark.gpu
@@ -479,7 +541,7 @@ def test_a_graph_replays_with_new_lengths(cupy, seq):
     arrays = make(np.random.default_rng(15), np.float16, 1, seq, 3000, 8, 2, 64)
     q, k, v = map(cupy.asarray, arrays)
     out, lengths = cupy.empty_like(q), cupy.asarray(lengths_of(3000))
-    workspace = cupy.empty(attention_workspace_size(64), np.float32)
+    workspace = cupy.zeros(attention_workspace_size(64), np.float32)
     stream = cupy.cuda.Stream(non_blocking=True)
     cupy.cuda.Device().synchronize()
     with stream:

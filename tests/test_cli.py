@@ -11,6 +11,7 @@ from conftest import ROOT
 
 from cupyq import _device, _kernels, cli, doctor
 from cupyq.cli import main
+from cupyq.errors import BackendError
 from cupyq.generate import SamplerSettings
 from cupyq.ops import norm
 
@@ -25,6 +26,7 @@ KEYS = {
     "generate": {"backend", "prompt_tokens", "tokens", "text", "prefill_tokens_per_s", "decode_tokens_per_s"},
     "perplexity": {"perplexity", "tokens", "kl", "top1"},
     "compile": {"kernels", "seconds"},
+    "bench": {"rows"},
 }
 
 
@@ -612,3 +614,77 @@ def test_perplexity_on_the_gpu(run_json):
     on_cpu, _ = run_json(*arguments, "--backend", "numpy")
     assert on_gpu["perplexity"] == pytest.approx(on_cpu["perplexity"], rel=1e-3)
     assert on_gpu["kl"] == pytest.approx(on_cpu["kl"], rel=0.02) and on_gpu["tokens"] == on_cpu["tokens"]
+
+
+# --- bench (what it measures: test_bench.py) --------------------------------------------------------------------------
+
+
+def test_bench_shows_its_families_and_their_options(capsys):
+    assert main(["bench", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "qmatmul" in text and "model" in text
+    for family, options in {
+        "qmatmul": ("--shapes", "--bits", "--rows", "--dtype", "--peers", "--exllamav2", "--quick", "--sweep", "--out"),
+        "model": ("--shape", "--bits", "--head-bits", "--context", "--prefill", "--layers", "--load", "--kernels", "--out"),
+    }.items():
+        assert main(["bench", family, "--help"]) == 0
+        text = capsys.readouterr().out
+        assert [option for option in (*options, "--json") if option not in text] == []
+
+
+BENCH_MODEL = ("--shape", "tiny", "--backend", "numpy", "--context", "5", "--steps", "2", "--prefill", "6")
+
+
+def test_bench_measures_a_model(run_json, tmp_path):
+    result, err = run_json("bench", "model", *BENCH_MODEL, "--out", str(tmp_path / "rows.jsonl"))
+    assert [row["what"] for row in result["rows"]] == ["decode", "prefill"] and "tokens/s" in err
+    run_json("bench", "model", *BENCH_MODEL, "--out", str(tmp_path / "rows.jsonl"))
+    lines = (tmp_path / "rows.jsonl").read_text().splitlines()
+    assert len(lines) == 4 and json.loads(lines[0]) == result["rows"][0]
+
+
+def test_bench_speaks_to_people_without_json(capsys):
+    assert main(["bench", "model", *BENCH_MODEL]) == 0
+    captured = capsys.readouterr()
+    assert "decode" in captured.out and captured.err == ""
+
+
+def test_a_wrong_result_ends_the_bench_with_1(run_json, monkeypatch):
+    from cupyq.bench import qmatmul
+
+    asked = []
+
+    def measure(options, out, lines=None):
+        asked.append(options)
+        return [{"us": 1.0}], False
+
+    monkeypatch.setattr(qmatmul, "run", measure)
+    assert run_json("bench", "qmatmul", "--bits", "4,2.5", "--rows", "1", code=1)[0] == {"rows": [{"us": 1.0}]}
+    assert [kind.name for kind in asked[0].kinds] == ["4", "2.5"] and asked[0].rows == (1,)
+    run_json("bench", code=1)
+    assert asked[1] == qmatmul.Options.parse(is_quick=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("attention",), "argument FAMILY: invalid choice: 'attention'"),
+        (("qmatmul", "--bits", "9"), "--bits: '9' is no kind of matrix"),
+        (("qmatmul", "--shapes", "4096"), "--shapes: '4096', expected K x N"),
+        (("qmatmul", "--rows", "x"), "--rows: 'x'"),
+        (("qmatmul", "--out", "/nowhere/at/all/rows"), "/nowhere/at/all/rows: No such file"),
+        (("model", "--shape", "gpt-5"), "--shape: 'gpt-5' is not one of"),
+        (("model", "--context", "x"), "--context: expected numbers separated by commas"),
+        (("model", "--layers", "0"), "--layers: expected 1 or more"),
+    ],
+)
+def test_bench_refuses_on_one_line(refused, arguments, message):
+    assert message in refused("bench", *arguments)
+
+
+def test_bench_of_products_needs_a_gpu(refused, monkeypatch):
+    def no_gpu():
+        raise BackendError("no usable GPU (none): run `cupyq doctor` to see what is missing")
+
+    monkeypatch.setattr(_device, "current", no_gpu)
+    assert "no usable GPU" in refused("bench", "qmatmul", "--quick", "--peers", "none")

@@ -29,7 +29,8 @@ def largest_error(text):
 
 def test_every_example_is_run_here():
     names = {path.stem for path in EXAMPLES.glob("*.py")}
-    assert names == {"ops_numpy", "ops_torch", "ops_jax", "torch_quant_linear", "inspect_checkpoint", "lora", "demo"}
+    ops = {"ops_numpy", "ops_torch", "ops_jax"}
+    assert names == ops | {"torch_quant_linear", "inspect_checkpoint", "lora", "graph_decoder", "demo"}
 
 
 def test_ops_numpy(tmp_path):
@@ -67,6 +68,12 @@ def test_lora(tmp_path):
     assert not list(tmp_path.iterdir())  # its adapter lay in a temporary folder
 
 
+def test_graph_decoder(tmp_path):
+    text = run("graph_decoder", tmp_path, "--backend", "numpy")
+    assert all(f"{speaker}:\n" in text for speaker in ("ROMEO", "KING RICHARD II", "First Citizen", "Nurse"))
+    assert "tokens per second, streamed and at once the same" in text
+
+
 def perplexities(text):
     """{row name: perplexity} of the demo's table."""
     return {name: float(value) for name, value in re.findall(r"^(float16|EXL2) +[\d.]+ +([\d.]+)$", text, re.MULTILINE)}
@@ -90,6 +97,11 @@ def test_ops_jax_on_the_gpu(tmp_path):
     pytest.importorskip("jax")
     text = run("ops_jax", tmp_path)
     assert "(3, 256) float16 on " in text and largest_error(text) < 2e-3
+
+
+@pytest.mark.gpu
+def test_graph_decoder_on_the_gpu(tmp_path):
+    assert "cupy: " in run("graph_decoder", tmp_path)
 
 
 @pytest.mark.gpu

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import gpu_count
 from kernel_checks import float16, random
-from test_qmatmul import random_exl2
+from random_layers import random_exl2
 
 import cupyq.ext as ext_c
 from cupyq import QMatrix

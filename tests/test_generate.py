@@ -10,8 +10,8 @@ from conftest import ROOT
 
 from cupyq.errors import FormatError
 from cupyq.generate import SamplerSettings, StreamDecoder, encode, generate, load_tokenizer
-from cupyq.generate.sampler import Sampler
 from cupyq.generate.text import with_special_tokens
+from cupyq.models.sampler import Sampler
 from cupyq.ops.penalties import penalize
 from cupyq.ops.sampling import sample
 
@@ -287,13 +287,20 @@ def test_every_setting_reaches_the_ops():
         assert generate(Noisy(spread=2.0), prompt, max_new_tokens=40, settings=other).tokens != expected, name
 
 
+def drawer(settings, xp, vocab_size, prompt, seed):
+    """A Sampler that has begun with a prompt."""
+    sampler = Sampler(settings, xp, vocab_size, capacity=60, seed=seed)
+    sampler.start([prompt])
+    return sampler
+
+
 def test_the_temperature_can_come_last():
     row = np.log(np.float32([[0.5, 0.3, 0.15, 0.05]]))
     for last, kept in [(False, {0, 1, 2}), (True, {0, 1})]:  # after the temperature, top-p needs three tokens
         settings = SamplerSettings(temperature=3.0, top_k=0, top_p=0.75, temperature_last=last)
-        draws = {int(Sampler(settings, np, 4, [0], 9, seed).draw(row.copy(), 0)[0]) for seed in range(200)}
+        draws = {int(drawer(settings, np, 4, [0], seed).draw(row.copy())[0]) for seed in range(200)}
         assert draws == kept
-    assert Sampler(SamplerSettings(temperature=0, temperature_last=True), np, 4, [0], 9, 1).draw(row, 0)[0] == 0
+    assert drawer(SamplerSettings(temperature=0, temperature_last=True), np, 4, [0], 1).draw(row)[0] == 0
 
 
 def test_greedy_text_can_be_kept_from_repeating():
@@ -478,6 +485,6 @@ def test_every_setting_works_on_the_gpu(cupy):
     logits = random.normal(0, 2, (30, 1, 50)).astype(np.float32)
     drawn = []
     for xp in (np, cupy):
-        sampler = Sampler(EVERYTHING, xp, 50, [4, 7, 9, 4, 7], 60, 3)
-        drawn.append([int(sampler.draw(xp.array(row), step)[0]) for step, row in enumerate(logits)])
+        sampler = drawer(EVERYTHING, xp, 50, [4, 7, 9, 4, 7], 3)
+        drawn.append([int(sampler.draw(xp.array(row))[0]) for row in logits])
     assert drawn[0] == drawn[1] and len(set(drawn[0])) > 8

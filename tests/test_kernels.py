@@ -1,5 +1,7 @@
 """The compilation pipeline and its cache, without a GPU; launching, with one."""
 
+import contextlib
+import ctypes
 import os
 import re
 import shutil
@@ -7,12 +9,13 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from conftest import ROOT
 
-from cupyq import _arrays, _device, _kernels
+from cupyq import _arrays, _device, _kernels, _launch
 from cupyq._kernels import Instance, compile_all, compile_instance, compiled, instance
 from cupyq.errors import BackendError
 
@@ -454,6 +457,494 @@ def test_launch_without_an_array_is_refused():
         _kernels.launch(WANTED, (1,), (1,), (np.zeros(3, np.float32),))
 
 
+TABLE = np.dtype([("address", np.uint64), ("numbers", np.int32, 2)])
+
+# NumPy scalars and how C has them.
+SCALARS = [
+    (np.bool_(True), ctypes.c_bool),
+    (np.int8(-3), ctypes.c_int8),
+    (np.uint8(250), ctypes.c_uint8),
+    (np.int16(-300), ctypes.c_int16),
+    (np.uint16(65000), ctypes.c_uint16),
+    (np.int32(-70000), ctypes.c_int32),
+    (np.uint32(2**32 - 5), ctypes.c_uint32),
+    (np.int64(-(2**40)), ctypes.c_int64),
+    (np.uint64(2**64 - 7), ctypes.c_uint64),
+    (np.longlong(2**41), ctypes.c_longlong),
+    (np.float32(0.1), ctypes.c_float),
+    (np.float64(0.1), ctypes.c_double),
+]
+
+
+class LaunchConfig(ctypes.Structure):
+    """CUlaunchConfig, from cuda.h."""
+
+    _fields_ = [
+        *((f"{what}{axis}", ctypes.c_uint) for what in ("grid", "block") for axis in "XYZ"),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.c_void_p),
+        ("attribute_count", ctypes.c_uint),
+    ]
+
+
+class FakeDriver:
+    """Takes launches as the driver would, and notes them: (function, grid, block, shared bytes, stream, bytes, overlaps)."""
+
+    def __init__(self):
+        self.launched, self.statuses, self.parameters = [], [], None
+        # As ctypes would call the library: from C memory alone.
+        self.cuLaunchKernelEx = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 4)(self.launch)
+
+    def launch(self, config, function, parameters, extra):
+        config = LaunchConfig.from_address(config)
+        words = (ctypes.c_size_t * 5).from_address(extra)
+        status = self.statuses.pop(0) if self.statuses else 0
+        if parameters or (words[0], words[2], words[4]) != (1, 2, 0):  # CU_LAUNCH_PARAM_BUFFER_POINTER, _SIZE, _END
+            return 1
+        overlaps = False
+        if config.attribute_count:
+            attribute = (ctypes.c_int * 18).from_address(config.attributes)
+            overlaps = (attribute[0], attribute[2]) == (6, 1)  # PROGRAMMATIC_STREAM_SERIALIZATION, allowed
+        if status == 0:
+            packed = ctypes.string_at(words[1], ctypes.c_size_t.from_address(words[3]).value)
+            grid = (config.gridX, config.gridY, config.gridZ)
+            block = (config.blockX, config.blockY, config.blockZ)
+            self.launched.append((function, grid, block, config.shared_bytes, config.stream or 0, packed, overlaps))
+        return status
+
+    def cuGetErrorName(self, status, text):
+        text._obj.value = {1: b"CUDA_ERROR_INVALID_VALUE"}.get(status)
+
+    def cuGetErrorString(self, status, text):
+        text._obj.value = {1: b"invalid argument"}.get(status)
+
+    def cuFuncGetParamInfo(self, function, position, offset, size):
+        if self.parameters is None or position.value >= len(self.parameters):
+            return 1
+        offset._obj.value, size._obj.value = self.parameters[position.value]
+        return 0
+
+
+@pytest.fixture
+def driver(monkeypatch):
+    """A driver without a GPU that notes launches. Its `device`, `stream` and `arch` are the current ones."""
+    import cupy
+
+    fake = FakeDriver()
+    fake.device, fake.stream, fake.arch, fake.contexts = 0, 0, "sm_90a", 0
+    fake.shared = []
+
+    class Kernel:
+        def __init__(self, name):
+            self.kernel = SimpleNamespace(ptr=1000 * fake.device + len(name))
+
+        def __setattr__(self, name, value):
+            if name == "max_dynamic_shared_size_bytes":
+                fake.shared.append(value)
+            super().__setattr__(name, value)
+
+    @contextlib.contextmanager
+    def device(number):
+        outer, fake.device = fake.device, number
+        yield
+        fake.device = outer
+
+    def make_context():
+        fake.contexts += 1
+
+    monkeypatch.setattr(_launch, "driver", lambda: fake)
+    monkeypatch.setattr(_kernels, "compiled", lambda wanted, arch: ("path", str(wanted)))
+    monkeypatch.setattr(_device, "info", lambda number: SimpleNamespace(arch=fake.arch))
+    monkeypatch.setattr(cupy, "RawModule", lambda path: SimpleNamespace(get_function=Kernel))
+    monkeypatch.setattr(cupy.cuda, "Device", device)
+    monkeypatch.setattr(cupy.cuda.runtime, "getDevice", lambda: fake.device)
+    monkeypatch.setattr(cupy.cuda.runtime, "memGetInfo", make_context)
+    monkeypatch.setattr(cupy.cuda, "get_current_stream", lambda number: SimpleNamespace(ptr=fake.stream))
+    _kernels.forget_loaded()
+    yield fake
+    _kernels.forget_loaded()
+
+
+def fake_array(*shape, dtype=np.float32, device=0, address=0x7F0000001000):
+    """A CuPy array at an address that nobody reads."""
+    import cupy
+
+    memory = cupy.cuda.UnownedMemory(address, 1 << 20, None, device)
+    return cupy.ndarray(shape, dtype, cupy.cuda.MemoryPointer(memory, 0))
+
+
+def as_c_has_it(values):
+    """The bytes of a C structure with these members."""
+    fields = [(f"_{i}", kind) for i, (_, kind) in enumerate(values)]
+    structure = type("Parameters", (ctypes.Structure,), {"_fields_": fields})
+    end = getattr(structure, f"_{len(values) - 1}").offset + ctypes.sizeof(values[-1][1])
+    return bytes(structure(*(value.item() if isinstance(value, np.generic) else value for value, _ in values)))[:end]
+
+
+def test_arguments_lie_as_c_lays_them_out(driver):
+    rng = np.random.default_rng(0)
+    pointer = (0x7F0000001000, ctypes.c_void_p)
+    for _ in range(50):
+        chosen = [SCALARS[i] for i in rng.integers(len(SCALARS), size=12)]
+        given = [fake_array(4), *(value for value, _ in chosen), None, chosen[0][0]]
+        _kernels.launch(WANTED, (1,), (1,), given)
+        assert driver.launched[-1][5] == as_c_has_it([pointer, *chosen, (0, ctypes.c_void_p), chosen[0]])
+
+
+def test_values_of_16_bits_and_structures_are_passed_as_they_are(driver):
+    table = np.array((5, (6, -7)), TABLE)[()]
+    arguments = (np.bool_(True), np.float16(1.5), _arrays.bfloat16.type(-2), fake_array(2), np.int8(9), table, np.int32(8))
+    _kernels.launch(WANTED, (1,), (1,), arguments)
+    packed = driver.launched[0][5]
+    assert packed[:6] == b"\1\0" + np.float16(1.5).tobytes() + b"\x00\xc0" and packed[6:8] == b"\0\0"
+    assert packed[8:16] == (0x7F0000001000).to_bytes(8, "little") and packed[16] == 9
+    assert packed[32:48] == table.tobytes() and packed[48:] == (8).to_bytes(4, "little")
+    for size in (64, 32, 64, 16):  # of one type, as NumPy sees it
+        _kernels.launch(
+            WANTED, (1,), (1,), (fake_array(2), np.full((), bytes([size] * size), (np.void, size))[()], np.int32(3))
+        )
+        assert driver.launched[-1][5][16:] == bytes([size] * size) + (3).to_bytes(4, "little")
+    for wrong, text in ((np.zeros((), (np.void, 24))[()], "24 bytes: pad it"), (np.complex64(1), "which no kernel takes")):
+        with pytest.raises((TypeError, ValueError), match=rf"^scale<float, 2>: argument 1 is a \w+.*{text}"):
+            _kernels.launch(WANTED, (1,), (1,), (fake_array(2), wrong))
+    with pytest.raises(ValueError, match="at most 4096"):
+        _kernels.launch(WANTED, (1,), (1,), (fake_array(2), np.zeros((), (np.void, 4096))[()]))
+
+
+def test_the_configuration_of_a_launch(driver):
+    driver.stream = 0x1234567890
+    _kernels.launch(WANTED, (3,), (64, 2), (fake_array(4),), 70_000)
+    _kernels.launch(WANTED, (np.int64(3), 65535, 5), (1, 2, 3), (fake_array(4),), 60_000)
+    _kernels.launch(instance("other"), (2**31 - 1,), (32,), (fake_array(4),))
+    name = len(str(WANTED))
+    address = (0x7F0000001000).to_bytes(8, "little")
+    assert driver.launched == [
+        (name, (3, 1, 1), (64, 2, 1), 70_000, driver.stream, address, False),
+        (name, (3, 65535, 5), (1, 2, 3), 60_000, driver.stream, address, False),
+        (len("other"), (2**31 - 1, 1, 1), (32, 1, 1), 0, driver.stream, address, False),
+    ]
+    assert driver.shared == [70_000]  # asked for once, as the second launch needs less
+
+
+def test_a_launch_goes_to_the_device_of_its_arrays(driver):
+    _kernels.launch(WANTED, (1,), (1,), (fake_array(4, device=1), fake_array(2, device=1)))
+    _kernels.launch(WANTED, (1,), (1,), (fake_array(4),))
+    name = len(str(WANTED))
+    assert [launched[0] for launched in driver.launched] == [1000 + name, name] and driver.device == 0
+    with pytest.raises(ValueError, match="argument 2 is on GPU 1, the first on 0"):
+        _kernels.launch(WANTED, (1,), (1,), (fake_array(4), np.int32(1), fake_array(4, device=1)))
+
+
+@pytest.mark.parametrize(
+    ("error", "text", "grid", "block", "arguments"),
+    [
+        (ValueError, "argument 1 is not C-contiguous", (1,), (1,), lambda: (fake_array(2), fake_array(4, 4).T)),
+        (TypeError, r"argument 1 is a int: wrap numbers, as in np.int32\(3\)", (1,), (1,), lambda: (fake_array(2), 3)),
+        (TypeError, "argument 1 is a str", (1,), (1,), lambda: (fake_array(2), "3")),
+        (TypeError, "no array among the arguments", (1,), (1,), lambda: (None, np.int32(3))),
+        (ValueError, r"empty launch, grid \(0, 2\)", (0, 2), (1,), lambda: (fake_array(2),)),
+        (ValueError, "empty launch", (1,), (0,), lambda: (fake_array(2),)),
+        (ValueError, r"grid \(1, 1, 1, 1\) and block \(1,\) must be up to three", (1, 1, 1, 1), (1,), lambda: (fake_array(2),)),
+        (ValueError, r"grid \(-1,\) and", (-1,), (1,), lambda: (fake_array(2),)),
+        (ValueError, r"grid \(4294967296,\)", (2**32,), (1,), lambda: (fake_array(2),)),
+        (ValueError, r".*block \(2.5,\)", (1,), (2.5,), lambda: (fake_array(2),)),
+    ],
+)
+def test_launches_that_cannot_be_meant_are_refused(driver, error, text, grid, block, arguments):
+    for _ in range(2):  # the second time from what was kept of the first
+        with pytest.raises(error, match=f"^scale<float, 2>: {text}") as raised:
+            _kernels.launch(WANTED, grid, block, arguments())
+        one_line(raised)
+    assert driver.launched == []
+
+
+def test_a_refusal_of_the_driver_is_explained(driver):
+    driver.statuses = [1, 999]
+    with pytest.raises(BackendError) as error:
+        _kernels.launch(WANTED, (3,), (2048,), (fake_array(4),), 100)
+    assert one_line(error) == (
+        "scale<float, 2> cannot be launched: CUDA_ERROR_INVALID_VALUE (invalid argument); grid (3,), block (2048,), 100 bytes "
+        "of dynamic shared memory, GPU 0"
+    )
+    with pytest.raises(BackendError, match="CUDA error 999"):
+        _kernels.launch(WANTED, (3,), (2048,), (fake_array(4),))
+
+
+def test_the_first_launch_of_a_thread_makes_the_context_current(driver):
+    driver.statuses = [201]
+    _kernels.launch(WANTED, (1,), (1,), (fake_array(4),))
+    assert driver.contexts == 1 and len(driver.launched) == 1
+    driver.statuses = [201, 201]
+    with pytest.raises(BackendError, match="CUDA error 201"):
+        _kernels.launch(WANTED, (1,), (1,), (fake_array(4),))
+
+
+def test_arguments_that_are_not_the_kernels_are_refused(driver):
+    driver.parameters = [(0, 8), (8, 4), (16, 8)]
+    right = (fake_array(4), np.int32(1), np.int64(2))
+    _kernels.launch(WANTED, (1,), (1,), right)
+    for wrong, text in (
+        ((fake_array(4), np.int64(1), np.int64(2)), r"argument 1 has 8 bytes at offset 8, the kernel's parameter 4 bytes at 8"),
+        (
+            (fake_array(4), np.int32(1), np.int32(2)),
+            r"argument 2 has 4 bytes at offset 12, the kernel's parameter 8 bytes at 16",
+        ),
+        (right[:2], "2 arguments were given, the kernel takes more"),
+        ((*right, None), "4 arguments were given, the kernel takes 3"),
+    ):
+        with pytest.raises(TypeError, match=f"^scale<float, 2>: {text}") as error:
+            _kernels.launch(WANTED, (1,), (1,), wrong)
+        one_line(error)
+    assert len(driver.launched) == 1
+    driver.parameters = None  # an older driver
+    _kernels.launch(WANTED, (1,), (1,), right[:2])
+    assert len(driver.launched) == 2
+
+
+def test_threads_share_a_stream_without_mixing_their_arguments(driver):
+    def work(number):
+        for i in range(200):
+            _kernels.launch(WANTED, (number + 1,), (1,), (fake_array(4), np.int32(number), np.int64(i)))
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    seen = {number: [] for number in range(4)}
+    for _, grid, _, _, _, packed, _ in driver.launched:
+        assert grid[0] == 1 + int.from_bytes(packed[8:12], "little")
+        seen[grid[0] - 1].append(int.from_bytes(packed[16:24], "little"))
+    assert all(numbers == list(range(200)) for numbers in seen.values())
+
+
+def test_what_launch_takes_from_cupy_is_there():
+    array = fake_array(4, 4)
+    assert array._c_contiguous and not array.T._c_contiguous and array[1:]._c_contiguous
+    assert _arrays.is_contiguous(array) and not _arrays.is_contiguous(array.T)
+
+
+# --- overlap ----------------------------------------------------------------------------------------------------------
+
+AWARE = """
+#include "ptx.cuh"
+__global__ void aware(int *y) { wait_for_previous_kernel(); let_next_kernel_start(); }
+"""
+
+
+@pytest.fixture
+def aware_sources(sources):
+    """The file `aware` waits for the previous kernel, `through` in a header; `scale` and `said` do not."""
+    shutil.copy(ROOT / "cupyq/cu/ptx.cuh", sources)
+    shutil.copy(ROOT / "cupyq/cu/types.cuh", sources)
+    (sources / "aware.cu").write_text(AWARE)
+    (sources / "inner.cuh").write_text("__device__ void begin() { wait_for_previous_kernel(); }\n")
+    (sources / "outer.cuh").write_text('#include "ptx.cuh"\n#include "inner.cuh"\n')
+    (sources / "through.cu").write_text('#include "outer.cuh"\n__global__ void through(int *y) { begin(); }\n')
+    said = "// wait_for_previous_kernel()\n/* wait_for_previous_kernel()\n wait_for_previous_kernel() */\n"
+    (sources / "said.cu").write_text(f'#include "ptx.cuh"\n{said}__global__ void said(int *y) {{}}\n')
+    _kernels._sources.cache_clear()
+    return sources
+
+
+def test_waiting_is_read_from_the_sources(aware_sources):
+    names = ("aware", "through", "scale", "said")
+    assert [_kernels.is_overlap_aware(name) for name in names] == [True, True, False, False]
+
+
+def overlaps(driver, *names, stream=0, device=0):
+    """Launch these kernels -> for each whether it may overlap with the one before."""
+    del driver.launched[:]
+    driver.stream = stream
+    for name in names:
+        _kernels.launch(instance(name), (1,), (1,), (fake_array(4, device=device),))
+    return [launched[-1] for launched in driver.launched]
+
+
+def test_kernels_overlap_where_both_are_aware(driver, aware_sources):
+    names = ("aware", "aware", "through", "scale", "aware", "said", "said", "aware", "aware")
+    assert overlaps(driver, *names) == [False, True, True, False, False, False, False, False, True]
+
+
+def test_every_stream_and_device_has_its_own_order(driver, aware_sources):
+    assert overlaps(driver, "aware", stream=1) == [False]
+    assert overlaps(driver, "scale", stream=2) == [False]
+    assert overlaps(driver, "aware", stream=1) == [True]
+    assert overlaps(driver, "aware", "aware", stream=2) == [False, True]
+    assert overlaps(driver, "aware", stream=1, device=1) == [False]
+    assert overlaps(driver, "aware", stream=1, device=1) == [True]
+
+
+def test_a_launch_that_failed_changes_nothing(driver, aware_sources):
+    overlaps(driver, "scale")
+    driver.statuses = [1]
+    with pytest.raises(BackendError):
+        overlaps(driver, "aware")
+    assert overlaps(driver, "aware", "aware") == [False, True]
+    driver.statuses = [1]
+    with pytest.raises(BackendError):
+        overlaps(driver, "scale")
+    assert overlaps(driver, "aware") == [True]
+
+
+@pytest.mark.parametrize(("arch", "allowed"), [("sm_75", False), ("sm_89", False), ("sm_90a", True), ("sm_100a", True)])
+def test_overlap_needs_hopper(driver, aware_sources, arch, allowed):
+    driver.arch = arch
+    assert overlaps(driver, "aware", "aware") == [False, allowed]
+
+
+@pytest.mark.parametrize(("value", "allowed"), [("0", False), ("1", True), ("", True)])
+def test_overlap_can_be_switched_off(driver, aware_sources, monkeypatch, value, allowed):
+    monkeypatch.setenv("CUPYQ_OVERLAP", value)
+    assert overlaps(driver, "aware", "aware") == [False, allowed]
+
+
+def braced(code, start):
+    """The text between the brace or parenthesis that opens at or after `start` and its partner; where the partner stands."""
+    opening = re.compile(r"[({]").search(code, start)
+    closing = {"(": ")", "{": "}"}[opening[0]]
+    depth, at = 1, opening.end()
+    while depth:
+        depth += {opening[0]: 1, closing: -1}.get(code[at], 0)
+        at += 1
+    return code[opening.end() : at - 1], at
+
+
+def functions_of(code, marker):
+    """{name: [(name of the last parameter, body)]} of the functions that a marker such as __global__ introduces."""
+    found = {}
+    for match in re.finditer(marker, code):
+        heading = re.compile(
+            r"(?:__launch_bounds__\s*\((?:[^()]|\([^()]*\))*\)|[^(){};])*?\b(?!__launch_bounds__)(\w+)\s*\("
+        ).match(code, match.end())
+        if heading:
+            parameters, end = braced(code, heading.end() - 1)
+            if re.match(r"\s*(const\s*)?\{", code[end:]):
+                last = re.search(r"(\w*)\s*$", parameters)[1]
+                found.setdefault(heading[1], []).append((last, braced(code, end)[0]))
+    return found
+
+
+LAMBDA = re.compile(r"(?:(\w+)\s*=\s*)?\[[^\[\]]*\]\s*(?:\([^()]*\)\s*)?(?:->\s*[\w:]+\s*)?(?=\{)")
+
+
+def called_with(code, at):
+    """The name of the function among whose arguments the place `at` is, or None."""
+    depth = 0
+    for i in range(at - 1, -1, -1):
+        depth += {")": 1, "(": -1}.get(code[i], 0)
+        if depth < 0:
+            name = re.search(r"(\w+)\s*(<[^(){};]*>)?\s*$", code[:i])
+            return name and name[1]
+    return None
+
+
+def without_inner_functions(body, functions):
+    """The body without what runs elsewhere: structs and lambdas. Returns it and `functions` with the lambdas that have a name.
+
+    A lambda that waits, given to a function as its last argument, is taken to be called there.
+    """
+    functions = dict(functions)
+    while match := re.search(r"\bstruct\s+\w+\s*(?=\{)", body):
+        body = body[: match.start()] + body[braced(body, match.end())[1] :]
+    while match := LAMBDA.search(body):
+        inner, end = braced(body, match.end())
+        callee = called_with(body, match.start())
+        if match[1]:
+            functions[match[1]] = [("", inner)]
+        elif callee in functions and waits_first(inner, functions):
+            functions[callee] = [
+                (last, re.sub(rf"\b{last}\(\)", "wait_for_previous_kernel()", text)) for last, text in functions[callee]
+            ]
+        body = body[: match.start()] + body[end:]
+    return body, functions
+
+
+def waits_first(body, functions):
+    """Whether a body comes to wait_for_previous_kernel(), and to no return before."""
+    body, functions = without_inner_functions(body, functions)
+    for match in re.finditer(r"\b(\w+)\b(?=(\s*(?:<[^(){};]*>)?\s*\()?)", body):
+        if match[1] == "wait_for_previous_kernel":
+            before = body[: match.start()].rstrip()
+            return not before or before[-1] in ";{}"  # not under a bare `if`
+        if match[1] == "return":
+            return False
+        if match[2] and match[1] in functions:
+            inner = [text for _, text in functions[match[1]]]
+            if "wait_for_previous_kernel" in "".join(inner):
+                return all(waits_first(text, {**functions, match[1]: []}) for text in inner)
+    return False
+
+
+def kernels_that_do_not_wait(name, texts):
+    """Kernels of an overlap-aware file whose text does not come to the wait, or returns before."""
+
+    def included(name):
+        code = re.sub(r"//[^\n]*|/\*.*?\*/", "", texts[name], flags=re.DOTALL)
+        headers = [header for header in re.findall(r'#include "(\w+\.cuh)"', code) if header != "ptx.cuh"]
+        return "".join(map(included, headers)) + code
+
+    code = included(name)
+    functions = functions_of(code, "__device__")
+    kernels = functions_of(code, "__global__")
+    assert sum(map(len, kernels.values())) == code.count("__global__") > 0, name
+    return [kernel for kernel, bodies in kernels.items() if not all(waits_first(body, functions) for _, body in bodies)]
+
+
+def test_every_kernel_of_an_overlap_aware_file_waits_before_it_returns():
+    texts = {path.name: path.read_text() for path in (ROOT / "cupyq/cu").glob("*.cu*")}
+    aware = [name for name in texts if name.endswith(".cu") and _kernels.is_overlap_aware(name.removesuffix(".cu"))]
+    assert {"rms_norm.cu", "qmatmul.cu", "rope.cu"} <= set(aware)
+    assert {name: found for name in aware if (found := kernels_that_do_not_wait(name, texts))} == {}
+
+
+def test_what_writes_the_constants_of_a_matrix_is_not_overlap_aware():
+    """Kernels read them ahead of their wait, so that the one after such a writer has to start after its end."""
+    assert not _kernels.is_overlap_aware("repack")
+
+
+@pytest.mark.parametrize(
+    ("body", "is_right"),
+    [
+        ("wait_for_previous_kernel(); if (n == 0) return; y[0] = 1;", True),
+        ("int i = n; { wait_for_previous_kernel(); } return;", True),
+        ("begin(n); return;", True),
+        ("begin<float>(n); return;", True),
+        ("auto twice = [&](int i) { return 2 * i; }; int i = twice(n); wait_for_previous_kernel();", True),
+        ("struct Two { int a; __device__ int get() { return a; } }; wait_for_previous_kernel();", True),
+        ("auto start = [&] { wait_for_previous_kernel(); }; start(); return;", True),
+        ("run(n, [] { wait_for_previous_kernel(); });", True),
+        ("y[0] = plain(n); wait_for_previous_kernel();", True),
+        ("", False),
+        ("y[0] = 1;", False),
+        ("if (n == 0) return; wait_for_previous_kernel();", False),
+        ("if (n == 0) wait_for_previous_kernel(); y[0] = 1;", False),
+        ("late(n);", False),
+        ("if (n) return; begin(n);", False),
+        ("auto start = [&] { wait_for_previous_kernel(); }; return; start();", False),
+        ("auto start = [&] { wait_for_previous_kernel(); }; y[0] = 1;", False),
+        ("auto start = [&] { if (n) return; wait_for_previous_kernel(); }; start();", False),
+        ("run_late(n, [] { wait_for_previous_kernel(); });", False),
+        ("run(n, [] {}); // wait_for_previous_kernel();", False),
+    ],
+)
+def test_a_kernel_that_does_not_wait_would_be_seen(body, is_right):
+    header = """
+    template <typename T> __device__ __forceinline__ void begin(int n) { wait_for_previous_kernel(); if (n) return; }
+    __device__ int plain(int n) { return n; }
+    __device__ void late(int n) { if (n) return; wait_for_previous_kernel(); }
+    template <typename First> __device__ void run(int n, First first) { int i = n; first(); if (i) return; }
+    template <typename First> __device__ void run_late(int n, First first) { if (n) return; first(); }
+    """
+    kernel = f"template <int a> __global__ void __launch_bounds__(32 * (a + 1), 1) tested(int *y, int n) {{ {body}\n}}"
+    texts = {"h.cuh": header, "tested.cu": f'#include "ptx.cuh"\n#include "h.cuh"\n{kernel}\n'}
+    assert kernels_that_do_not_wait("tested.cu", texts) == ([] if is_right else ["tested"])
+
+
+# --- launching on a GPU -----------------------------------------------------------------------------------------------
+
+
 @pytest.mark.gpu
 def test_launch_runs_a_kernel(loaded, cupy):
     y = cupy.arange(1000, dtype=cupy.float32)
@@ -477,6 +968,163 @@ def test_launch_follows_the_current_stream_and_replays_in_a_graph(loaded, cupy):
         graph.launch(stream)
         stream.synchronize()
     np.testing.assert_array_equal(y.get(), np.full(8, 6.0**3, np.float32))
+
+
+EVERY_KIND = """
+struct alignas(16) Table { unsigned long long address; int numbers[2]; };
+__global__ void every_kind(const int *x, bool b, signed char i8, Table table, unsigned char u8, short i16, unsigned short u16,
+    int i32, const int *nothing, unsigned int u32, long long i64, unsigned short half_bits, float f32, unsigned long long u64,
+    unsigned short bfloat16_bits, double f64, double *y) {
+    double values[] = {(double)x[1], (double)b, (double)i8, (double)(table.address % 1000), (double)table.numbers[0],
+        (double)table.numbers[1], (double)u8, (double)i16, (double)u16, (double)i32, (double)(nothing == nullptr), (double)u32,
+        (double)i64, (double)half_bits, (double)f32, (double)(u64 % 1000), (double)bfloat16_bits, f64};
+    for (int i = 0; i < 18; i++) y[i] = values[i];
+}
+"""
+
+
+@pytest.mark.gpu
+def test_every_kind_of_argument_arrives(loaded, sources, cupy):
+    (sources / "every_kind.cu").write_text(EVERY_KIND)
+    _kernels._sources.cache_clear()
+    x, y = cupy.asarray(np.array([3, 1234567], np.int32)), cupy.zeros(18)
+    table = np.array((10**12 + 7, (6, -8)), TABLE)[()]
+    arguments = (
+        x, np.bool_(True), np.int8(-3), table, np.uint8(250), np.int16(-300), np.uint16(65000), np.int32(-70000), None,
+        np.uint32(2**32 - 5), np.int64(-(2**40)), np.float16(1.5), np.float32(0.1), np.uint64(2**64 - 1),
+        _arrays.bfloat16.type(-2), np.float64(0.1), y,
+    )  # fmt: skip
+    _kernels.launch(instance("every_kind"), (1,), (1,), arguments)
+    assert y.get().tolist() == [
+        1234567, 1, -3, 7, 6, -8, 250, -300, 65000, -70000, 1, 2**32 - 5, -(2**40), 0x3E00, float(np.float32(0.1)), 615,
+        0xC000, 0.1,
+    ]  # fmt: skip
+
+
+@pytest.mark.gpu
+def test_arguments_of_another_size_are_refused(loaded, cupy):
+    """As the driver tells the parameters of a kernel, from CUDA 12.4 on."""
+    if not hasattr(_launch.driver(), "cuFuncGetParamInfo"):
+        return
+    y = cupy.ones(4, dtype=cupy.float32)
+    for arguments, text in (
+        ((y, np.int64(4)), "argument 1 has 8 bytes at offset 8, the kernel's parameter 4 bytes at 8"),
+        ((y,), "1 arguments were given, the kernel takes more"),
+        ((y, np.int32(4), np.int32(4)), "3 arguments were given, the kernel takes 2"),
+    ):
+        with pytest.raises(TypeError, match=text):
+            _kernels.launch(WANTED, (1,), (32,), arguments)
+    assert y.get().tolist() == [1] * 4
+
+
+@pytest.mark.gpu
+def test_what_the_driver_refuses_is_explained(loaded, cupy):
+    y = cupy.ones(4, dtype=cupy.float32)
+    with pytest.raises(BackendError, match=r"^scale<float, 2> cannot be launched: CUDA_ERROR_INVALID_VALUE .*block \(2048,\)"):
+        _kernels.launch(WANTED, (1,), (2048,), (y, np.int32(4)))
+    with pytest.raises(BackendError, match=r"^scale<float, 2>: GPU 0 does not give it 1000000 bytes of shared memory"):
+        _kernels.launch(WANTED, (1,), (32,), (y, np.int32(4)), 1_000_000)
+    _kernels.launch(
+        WANTED, (1,), (32,), (y, np.int32(4)), 100_000 if _device.current().shared_bytes_per_block > 1e5 else 50_000
+    )
+    assert y.get().tolist() == [6] * 4
+
+
+@pytest.mark.gpu
+def test_a_new_thread_launches(loaded, cupy):
+    y = cupy.ones(4, dtype=cupy.float32)
+    cupy.cuda.runtime.deviceSynchronize()
+    failures = []
+
+    def work():
+        try:
+            _kernels.launch(WANTED, (1,), (32,), (y, np.int32(4)))
+            cupy.cuda.runtime.deviceSynchronize()
+        except Exception as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert failures == [] and y.get().tolist() == [6] * 4
+
+
+CHAIN = """
+#include "ptx.cuh"
+// y[i] = 3 x[i] + x[neighbour], where the neighbour is the work of another block. Some blocks are late.
+__global__ void aware(const unsigned *x, unsigned *y, int n) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    wait_for_previous_kernel();
+    let_next_kernel_start();
+    if (blockIdx.x % 7 == 3) __nanosleep(2000);
+    if (i < n) y[i] = 3 * x[i] + x[(i + n / 2 + 1) % n];
+}
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("overlap", ["0", "1"])
+def test_a_chain_of_overlapping_kernels_is_computed_in_order(loaded, aware_sources, cupy, monkeypatch, overlap):
+    (aware_sources / "aware.cu").write_text(CHAIN)
+    plain = re.sub(r"(wait_for_previous|let_next)_kernel\w*\(\);", "", CHAIN).replace("aware", "plain")
+    (aware_sources / "plain.cu").write_text(plain)
+    _kernels._sources.cache_clear()
+    monkeypatch.setenv("CUPYQ_OVERLAP", overlap)
+    monkeypatch.setattr(_kernels, "_is_overlap_allowed", spy := Spy(_kernels._is_overlap_allowed))
+    n, names = 100_000, ("aware", "aware", "aware", "plain", "aware", "aware")
+    x = np.arange(n, dtype=np.uint32)
+    expected = [x]
+    for _ in range(2 * 10 * len(names)):
+        expected.append(3 * expected[-1] + np.roll(expected[-1], -(n // 2 + 1)))
+
+    a, b = cupy.asarray(x), cupy.zeros(n, np.uint32)
+
+    def run(a, b):
+        for _ in range(10):
+            for name in names:
+                _kernels.launch(instance(name), (-(-n // 256),), (256,), (a, b, np.int32(n)))
+                a, b = b, a
+        return a
+
+    result = run(a, b)  # loads, and computes half of the chain
+    np.testing.assert_array_equal(result.get(), expected[len(expected) // 2])
+    stream = cupy.cuda.Stream(non_blocking=True)
+    cupy.cuda.runtime.deviceSynchronize()
+    with stream:
+        stream.begin_capture()
+        run(a, b)
+        graph = stream.end_capture()
+        graph.launch(stream)
+        stream.synchronize()
+    np.testing.assert_array_equal(result.get(), expected[-1])
+    hopper = _device.arch_number(_device.current().arch) >= 90
+    assert spy.results == [overlap == "1" and hopper] * 2
+
+
+class Spy:
+    """Calls a function and keeps what it returned."""
+
+    def __init__(self, function):
+        self.function, self.results = function, []
+
+    def __call__(self, *arguments):
+        self.results.append(self.function(*arguments))
+        return self.results[-1]
+
+
+@pytest.mark.gpu
+def test_two_streams_do_not_wait_for_each_other(loaded, cupy):
+    """Each has its own order, and its own memory for what is launched."""
+    streams = [cupy.cuda.Stream(non_blocking=True) for _ in range(2)]
+    ys = [cupy.ones(1000, dtype=cupy.float32) for _ in streams]
+    cupy.cuda.runtime.deviceSynchronize()
+    for _ in range(15):
+        for count, stream, y in zip((1000, 500), streams, ys, strict=True):
+            with stream:
+                _kernels.launch(WANTED, (4,), (256,), (y, np.int32(count)))
+    cupy.cuda.runtime.deviceSynchronize()
+    for count, y in zip((1000, 500), ys, strict=True):
+        np.testing.assert_array_equal(y.get(), np.where(np.arange(1000) < count, 6.0**15, 1).astype(np.float32))
 
 
 @pytest.mark.gpu

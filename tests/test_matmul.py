@@ -1,13 +1,21 @@
 """Unquantised products: the reference against plain sums, cuBLAS against float64."""
 
+import contextlib
+import ctypes
+import importlib
 import math
+import threading
+from types import SimpleNamespace
 
 import ml_dtypes
 import numpy as np
 import pytest
 from conftest import exact_bound, golden
 
-from cupyq.ops.matmul import gemm, matmul, matmul_reference
+from cupyq.errors import BackendError
+from cupyq.ops.matmul import gemm, matmul, matmul_reference, multiply_into
+
+module = importlib.import_module("cupyq.ops.matmul")
 
 ULP = {np.dtype(np.float16): 2**-11, np.dtype(ml_dtypes.bfloat16): 2**-8, np.dtype(np.float32): 2**-23}
 DTYPES = list(ULP)
@@ -117,6 +125,247 @@ def test_many_rows(cupy):
     x, weight = random(rng, np.float16, 100_003, 64), random(rng, np.float16, 8, 64)
     y = matmul(cupy.asarray(x), cupy.asarray(weight), transpose=True, bias=cupy.zeros(8, np.float16)).get()
     check_product(y, x, weight, True, np.zeros(8, np.float16))
+
+
+@pytest.mark.gpu
+def test_partial_sums_are_not_rounded_to_float16(cupy):
+    """A sum whose parts leave float16's range, in both directions, and which is small: fp32 holds them exactly."""
+    k = 65536
+    for rows, n in ((1, 8), (4, 64), (16, 256), (100, 96)):
+        x, weight = np.full((rows, k), 2, np.float16), np.full((k, n), 2, np.float16)
+        weight[k // 2 :] = -2
+        x[:, -1] = 1
+        y = matmul(cupy.asarray(x), cupy.asarray(weight)).get()
+        assert (y == 2).all(), f"{rows} x {n}: {np.unique(y.astype(np.float32))}"
+
+
+# --- cuBLAS -----------------------------------------------------------------------------------------------------------
+
+
+class FakeBlas:
+    """cuBLAS in host memory, for float32: notes what is called, and multiplies as the manual says."""
+
+    def __init__(self):
+        self.calls, self.handles, self.workspaces, self.status, self.math_modes = [], [], [], {}, {}
+
+    def create(self):
+        self.handles.append(len(self.handles) + 100)
+        return self.handles[-1]
+
+    def destroy(self, handle):
+        self.calls.append(("destroy", handle))
+
+    def setMathMode(self, handle, mode):
+        self.math_modes[handle] = mode
+
+    def cublasSetStream_v2(self, handle, stream):
+        self.calls.append(("stream", handle, stream))
+        return self.status.pop("stream", 0)
+
+    def cublasSetWorkspace_v2(self, handle, address, size):
+        self.calls.append(("workspace", handle, address, size))
+        return self.status.pop("workspace", 0)
+
+    def cublasGetStatusName(self, status):
+        return {13: b"CUBLAS_STATUS_EXECUTION_FAILED"}.get(status)
+
+    def cublasGemmEx(
+        self, handle, op_a, op_b, m, n, k, alpha, a, a_type, lda, b, b_type, ldb, beta, c, c_type, ldc, compute, how
+    ):
+        self.calls.append(("gemm", handle))
+        assert (op_b, a_type, b_type, c_type, compute, how) == (0, 0, 0, 0, 68, -1)
+
+        def columns(address, leading, rows, count):  # of a column-major matrix
+            values = (ctypes.c_float * (leading * (count - 1) + rows)).from_address(address)
+            return np.lib.stride_tricks.as_strided(np.frombuffer(values, np.float32), (rows, count), (4, 4 * leading))
+
+        first = columns(a, lda, *((k, m) if op_a else (m, k)))
+        scale, keep = (ctypes.c_float.from_address(address).value for address in (alpha, beta))
+        out = columns(c, ldc, m, n)
+        out[...] = scale * (first.T if op_a else first) @ columns(b, ldb, k, n) + (keep * out if keep else 0)
+        return self.status.pop("gemm", 0)
+
+
+@pytest.fixture
+def blas(monkeypatch):
+    """CuPy arrays in host memory, made by `blas.array`, and a cuBLAS that reads them. `blas.stream` is the current stream."""
+    import cupy
+
+    fake = FakeBlas()
+    fake.stream, fake.device = 0, 0
+
+    class Handle:
+        def __init__(self, handle, destroy):
+            self.handle, self.destroy = handle, destroy
+
+    def array(values, device=0):
+        values = np.array(values)
+        memory = cupy.cuda.UnownedMemory(values.ctypes.data, max(values.nbytes, 1), values, device)
+        return cupy.ndarray(values.shape, values.dtype, cupy.cuda.MemoryPointer(memory, 0)), values
+
+    def empty(size, dtype):
+        fake.workspaces.append(size)
+        return array(np.empty(1, dtype))[0]  # nobody writes to it
+
+    @contextlib.contextmanager
+    def device(number):
+        outer, fake.device = fake.device, number
+        yield
+        fake.device = outer
+
+    fake.array, fake.CUBLASError = array, RuntimeError
+    monkeypatch.setitem(vars(cupy.cuda), "cublas", fake)
+    monkeypatch.setattr(cupy.cuda, "Device", device)
+    monkeypatch.setattr(cupy.cuda.device, "Handle", Handle)
+    monkeypatch.setattr(cupy.cuda.runtime, "getDevice", lambda: fake.device)
+    monkeypatch.setattr(cupy.cuda, "get_current_stream", lambda number: SimpleNamespace(ptr=fake.stream))
+    monkeypatch.setattr(cupy, "empty", empty)
+    monkeypatch.setattr(module, "info", lambda number: SimpleNamespace(arch="sm_90a" if number == 0 else "sm_89"))
+    monkeypatch.setattr(module, "_cublas", lambda: fake)
+    monkeypatch.setattr(module, "_this_thread", threading.local())
+    monkeypatch.setattr(module, "_workspaces", {})
+    return fake
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+def test_the_call_of_cublas(blas, transpose):
+    rng = np.random.default_rng(4)
+    for rows, k, n in ((1, 1, 1), (1, 7, 3), (5, 2, 6), (4, 4, 4)):
+        x, x_host = blas.array(random(rng, np.float32, rows, k))
+        weight, weight_host = blas.array(random(rng, np.float32, *((n, k) if transpose else (k, n))))
+        out, out_host = blas.array(random(rng, np.float32, rows, n + 4))
+        before = out_host.copy()
+        product = x_host @ (weight_host.T if transpose else weight_host)
+
+        multiply_into(out, x, weight, transpose=transpose, first_column=3)
+        np.testing.assert_allclose(out_host[:, 3 : 3 + n], product, rtol=1e-5, atol=1e-6)
+        np.testing.assert_array_equal(np.delete(out_host, range(3, 3 + n), 1), np.delete(before, range(3, 3 + n), 1))
+
+        out_host[...] = before
+        multiply_into(out[:, 2 : 2 + n], x, weight, transpose=transpose, alpha=2.0, beta=-0.5, out_stride=n + 4)
+        np.testing.assert_allclose(out_host[:, 2 : 2 + n], 2 * product - before[:, 2 : 2 + n] / 2, rtol=1e-5, atol=1e-6)
+        np.testing.assert_array_equal(np.delete(out_host, range(2, 2 + n), 1), np.delete(before, range(2, 2 + n), 1))
+
+
+def multiply_once(blas, device=0):
+    arrays = [blas.array(np.ones((2, 2), np.float32), device) for _ in range(3)]
+    multiply_into(*(array for array, _ in arrays))
+    assert (arrays[0][1] == 2).all()
+
+
+def test_every_stream_has_a_workspace_and_every_thread_a_handle(blas):
+    for stream in (0, 0, 7, 0):
+        blas.stream = stream
+        multiply_once(blas)
+    # The stream only where it changes, and the workspace after it, as the stream resets it.
+    assert [call[0] for call in blas.calls] == [
+        "stream", "workspace", "gemm", "gemm", "stream", "workspace", "gemm", "stream", "workspace", "gemm",
+    ]  # fmt: skip
+    addresses = [call[2] for call in blas.calls if call[0] == "workspace"]
+    assert addresses[0] == addresses[2] != addresses[1]
+    thread = threading.Thread(target=multiply_once, args=(blas,))
+    thread.start()
+    thread.join()
+    assert blas.handles == [100, 101] and [call[1] for call in blas.calls[-3:]] == [101] * 3
+    multiply_once(blas, device=1)
+    assert blas.handles == [100, 101, 102] and blas.device == 0
+    assert blas.workspaces == [32 << 20, 32 << 20, 4 << 20]  # Hopper twice, the other GPU once
+    assert set(blas.math_modes.values()) == {16}  # CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION
+
+
+@pytest.mark.parametrize(
+    ("step", "says"),
+    [
+        ("stream", "cuBLAS cannot change to the current stream: CUBLAS_STATUS_EXECUTION_FAILED"),
+        ("workspace", "cuBLAS cannot take a workspace: CUBLAS_STATUS_EXECUTION_FAILED"),
+        ("gemm", "cuBLAS cannot multiply 2 x 2 by 2 x 2 in float32: CUBLAS_STATUS_EXECUTION_FAILED"),
+    ],
+)
+def test_a_refusal_of_cublas_is_explained(blas, step, says):
+    multiply_once(blas)
+    blas.stream, blas.status = 5, {step: 13}
+    with pytest.raises(BackendError, match=f"^{says}$"):
+        multiply_once(blas)
+    del blas.calls[:]
+    multiply_once(blas)  # a stream that was not taken is set again
+    assert ("stream" in [call[0] for call in blas.calls]) == (step != "gemm")
+
+
+def test_without_cublas_the_error_names_the_mend(monkeypatch):
+    import cupy
+
+    monkeypatch.setattr(cupy.cuda.runtime, "runtimeGetVersion", lambda: 12090)
+    monkeypatch.setitem(vars(cupy.cuda), "cublas", SimpleNamespace(__file__="/nowhere/cublas.so"))
+    module._cublas.cache_clear()
+    try:
+        with pytest.raises(BackendError, match="cuBLAS cannot be loaded .*/nowhere.*pip install nvidia-cublas-cu12") as error:
+            module._cublas()
+    finally:
+        module._cublas.cache_clear()
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_captured_product_replays_the_same_bits(cupy, dtype):
+    rng = np.random.default_rng(5)
+    cases = []
+    for rows, k, n in ((1, 4096, 1024), (16, 4096, 256), (200, 512, 640)):
+        x, weight = (cupy.asarray(random(rng, dtype, *shape)) for shape in ((rows, k), (n, k)))
+        bias = cupy.asarray(random(rng, dtype, n))
+        eager = matmul(x, weight, transpose=True, bias=bias)
+        cases.append((x, weight, bias, eager.get(), cupy.zeros_like(eager)))
+    stream = cupy.cuda.Stream(non_blocking=True)
+    cupy.cuda.runtime.deviceSynchronize()
+    with stream:
+        stream.begin_capture()
+        for x, weight, bias, _, out in cases:
+            matmul(x, weight, transpose=True, bias=bias, out=out)
+        graph = stream.end_capture()
+        assert not any(out.view(np.uint8).any() for *_, out in cases)  # capturing computed nothing
+        for _ in range(2):
+            for *_, out in cases:
+                out.view(np.uint8).fill(255)
+            graph.launch(stream)
+            stream.synchronize()
+            for *_, eager, out in cases:
+                assert out.get().tobytes() == eager.tobytes()
+
+
+@pytest.mark.gpu
+def test_streams_and_threads_do_not_disturb_each_other(cupy):
+    """The same bits, whatever runs beside: products that cuBLAS splits along k need a workspace of their own."""
+    rng = np.random.default_rng(6)
+    x, weight = (cupy.asarray(random(rng, np.float16, *shape)) for shape in ((16, 16384), (16384, 256)))
+    expected = matmul(x, weight).get().tobytes()
+    outs = [cupy.empty((16, 256), np.float16) for _ in range(40)]
+    cupy.cuda.runtime.deviceSynchronize()
+    streams = [cupy.cuda.Stream(non_blocking=True) for _ in range(2)]
+
+    def work(share):
+        for i, out in enumerate(share):
+            with streams[i % 2]:
+                matmul(x, weight, out=out)
+
+    threads = [threading.Thread(target=work, args=(share,)) for share in (outs[:20], outs[20:])]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    cupy.cuda.runtime.deviceSynchronize()
+    assert {out.get().tobytes() for out in outs} == {expected}
+
+
+@pytest.mark.gpu
+def test_columns_of_a_wider_array_are_written(cupy):
+    rng = np.random.default_rng(7)
+    x, weight, bias = random(rng, np.float16, 9, 64), random(rng, np.float16, 64, 40), random(rng, np.float32, 40)
+    for given in (None, bias):
+        wide = cupy.asarray(np.full((9, 100), np.nan, np.float16))
+        on_gpu = None if given is None else cupy.asarray(given)
+        multiply_into(wide[:, 31:71], cupy.asarray(x), cupy.asarray(weight), bias=on_gpu, out_stride=100)
+        assert np.isnan(np.delete(wide.get(), range(31, 71), 1)).all()
+        check_product(wide.get()[:, 31:71], x, weight, False, given)
 
 
 # --- gemm -------------------------------------------------------------------------------------------------------------

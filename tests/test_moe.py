@@ -1,27 +1,27 @@
 """MoE and qmatmul_grouped: against plain loops in float64, and kernels against them, for any routing."""
 
+import itertools
 import math
-import re
 import time
 
 import numpy as np
 import pytest
 from conftest import exact_bound, golden
-from kernel_checks import banded, bfloat16, float16, float32, host, move, on_both, random, same_bits, unwritten
+from kernel_checks import ROUNDING, banded, bfloat16, float16, float32, host, move, on_both, random, same_bits, unwritten
+from random_layers import random_exl2, random_gptq
 from test_layers import ACTIVATIONS
-from test_qmatmul import ULP, random_exl2, random_gptq
 from test_routing import routings
 
-from cupyq._kernels import SOURCE_FOLDER
 from cupyq.formats.exl2 import dequantize_exl2
 from cupyq.formats.gptq import dequantize_gptq
 from cupyq.layers import MLP, Linear, MoE, RMSNorm
 from cupyq.layers.lora import LoraWeights, Selection
 from cupyq.ops.elementwise import add
-from cupyq.ops.qmatmul import pick_config, qmatmul, qmatmul_workspace_size
+from cupyq.ops.qmatmul import qmatmul, qmatmul_workspace_size
+from cupyq.ops.qmatmul_config import COUNTERS, Problem, pick_config
 from cupyq.ops.qmatmul_grouped import qmatmul_grouped, qmatmul_grouped_workspace_size
 from cupyq.ops.qmatrix import QMatrix
-from cupyq.ops.qmatrix_group import _TABLE_ROW, QMatrixGroup
+from cupyq.ops.qmatrix_group import QMatrixGroup
 from cupyq.ops.routing import TILE_ROWS, combine_rows, group_rows, route
 
 # --- experts ----------------------------------------------------------------------------------------------------------
@@ -87,9 +87,9 @@ class Oracle:
     def check(self, y, x, chosen):
         """Error at most twice that of a product with such weights and fp32 sums, plus one rounding."""
         exact, same = (by_pair(x, weights, self.experts, chosen) for weights in (self.exact, self.rounded))
-        exact_bound(y, exact, same.astype(y.dtype), ulp=ULP[y.dtype])
+        exact_bound(y, exact, same.astype(y.dtype), ulp=ROUNDING[y.dtype])
         error = np.linalg.norm(y.astype(np.float64) - exact) / np.linalg.norm(exact)
-        assert error < {2**-11: 6e-4, 2**-8: 4e-3}[ULP[y.dtype]], error
+        assert error < {2**-11: 6e-4, 2**-8: 4e-3}[ROUNDING[y.dtype]], error
 
 
 # --- qmatmul_grouped --------------------------------------------------------------------------------------------------
@@ -236,30 +236,19 @@ def test_workspace_is_left_as_found_and_capture_works(cupy):
     np.testing.assert_array_equal(z.get(), expected.astype(np.float32).sum(axis=1))
 
 
-def test_the_table_of_matrices_is_the_struct_of_the_kernels():
-    """Names, order and sizes of its fields, without padding."""
-    (fields,) = re.findall(r"struct alignas\(16\) Matrix \{(.*?)\n\};", (SOURCE_FOLDER / "matrix.cuh").read_text(), re.DOTALL)
-    found = re.findall(r"(\*|int )(\w+)(?:\[(\d+)\])?;", fields)
-    offset = 0
-    for (kind, name, count), (field, (dtype, at)) in zip(found, _TABLE_ROW.fields.items(), strict=True):
-        assert (name, offset, 8 if kind == "*" else 4 * int(count or 1)) == (field, at, dtype.itemsize)
-        offset += dtype.itemsize
-    assert offset == _TABLE_ROW.itemsize == 80
-
-
 @pytest.mark.parametrize("sm_count", [1, 40, 132])
 @pytest.mark.parametrize("row_tiles", [1, 7, 300])
-def test_config_covers_the_product_and_its_counters(sm_count, row_tiles):
-    for tile_rows in TILE_ROWS:
-        for n, blocks in ((8, 1), (1408, 64), (14336, 128), (4096, 448)):
-            config = pick_config(tile_rows, n, blocks, sm_count, row_tiles=row_tiles)
-            assert 8 * config.m_tiles == tile_rows
-            assert config.slices * config.slice_blocks >= blocks > (config.slices - 1) * config.slice_blocks
-            assert 1 <= config.chunk_blocks <= config.slice_blocks and config.shared_bytes <= 64 * 1024
-            if config.slices > 1:
-                assert -(-n // (32 * config.warps_n)) * row_tiles <= sm_count <= 1024
+def test_config_takes_a_row_tile_whole_and_has_its_counters(sm_count, row_tiles):
+    """What is more to a cut: test_qmatmul_config.py."""
+    for tile_rows, (n, blocks) in itertools.product(TILE_ROWS, ((8, 1), (1408, 64), (14336, 128), (4096, 448))):
+        for widths, arch in itertools.product(((4,), (8, 6, 5, 4, 3, 2)), (75, 80, 86, 90)):
+            problem = Problem(tile_rows, -(-n // 32), blocks, widths, False, sm_count, arch, row_tiles=row_tiles)
+            config = pick_config(problem)
+            assert 8 * config.m_tiles >= tile_rows
+            assert config.slices == 1 or -(-n // (32 * config.warps_n)) * row_tiles <= COUNTERS
     # One row, two experts: enough thread blocks for a large GPU.
-    assert math.prod((2 * 4096 // 128, pick_config(8, 4096, 448, 132, row_tiles=2).slices)) >= 132
+    config = pick_config(Problem(8, 128, 448, (4,), False, 132, 90, row_tiles=2))
+    assert 2 * -(-128 // config.warps_n) * config.slices >= 132 * 3 // 4
 
 
 @on_both

@@ -156,6 +156,74 @@ def test_bound_rejects_wrong_formulas(kind):
             pytest.fail(f"not rejected: {name}")
 
 
+def order_of(dim, count, seed=0):
+    """Columns in some order, with repetitions where count > dim, and a few -1."""
+    order = np.random.default_rng(seed).permutation(np.arange(max(dim, count)) % dim)[:count].astype(np.int32)
+    order[[i for i in (0, count // 2, count - 1) if count > 3]] = -1
+    return order
+
+
+def ordered(y, order):
+    """Column after column."""
+    columns = [np.zeros(y.shape[:-1], y.dtype) if c < 0 else y[..., c] for c in order.tolist()]
+    return np.stack(columns, axis=-1) if columns else np.empty((*y.shape[:-1], 0), y.dtype)
+
+
+@on_both
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+@pytest.mark.parametrize("dim, count", [(19, 32), (64, 64), (257, 96), (1, 32), (40, 3), (8, 0)])
+def test_order_picks_columns_of_the_norm(library, kind, dim, count):
+    x, weight, order = random(1, (2, 3, dim), float16), random(2, dim, float32), order_of(dim, count)
+    bias = random(3, dim, float32) if kind == "layer" else None
+    x_, weight_, bias_, order_ = (move(library, a) for a in (x, weight, bias, order))
+    y = host(run(kind, x_, weight_, bias_, 1e-3, order=order_, dtype=float32))
+    plain = host(run(kind, x_, weight_, bias_, 1e-3, dtype=float32))
+    np.testing.assert_allclose(y, ordered(plain, order), rtol=1e-5, atol=1e-6)
+    if library == "numpy":
+        assert same_bits(y, ordered(plain, order))
+    assert not y[..., order < 0].any()
+    if count:  # picking other columns would be seen
+        assert not np.allclose(np.roll(y, 1, axis=-1), y) or dim == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+@pytest.mark.parametrize("x_dtype, dtype", [(float32, float16), (bfloat16, bfloat16), (float16, float32)], ids=lambda d: d.name)
+def test_ordered_kernels(cupy, kind, x_dtype, dtype):
+    for rows, dim, count in [
+        (1, 32, 32),
+        (3, 7, 32),
+        (2, 255, 256),
+        (5, 2048, 2080),
+        (2, 4096, 4128),
+        (2, 8200, 64),
+        (1, 64, 9001),
+    ]:
+        x, weight, order = random(dim, (rows, dim), x_dtype), random(dim + 1, dim, float32), order_of(dim, count)
+        bias = random(dim + 2, dim, float32) if kind == "layer" and dim % 3 else None
+        exact = ordered(in_float64(x, weight, bias, 1e-4, kind), order)
+        rounded = ordered(in_float32(x, weight, bias, 1e-4, kind, dtype), order)
+        for shift in (0, 1) if dim == 32 else (0,):
+            arrays = [None if a is None else on_gpu(cupy, a, shift) for a in (x, weight, bias)]
+            out, check = banded(cupy, unwritten((rows, count), dtype), shift)
+            assert run(kind, *arrays, 1e-4, order=on_gpu(cupy, order, shift), dtype=dtype, out=out) is out
+            check()
+            near(out.get(), exact, rounded)
+            again = run(kind, *arrays, 1e-4, order=on_gpu(cupy, order), dtype=dtype)
+            assert shift or same_bits(again.get(), out.get()), "a second run differs"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+def test_columns_that_are_none_become_zero(cupy, kind):
+    """The kernel trusts no order: what lies outside of x is not read."""
+    info, x = np.iinfo(np.int32), random(1, (3, 40), float32)
+    order = np.array([0, 40, info.max, info.min, -2, 39, 1 << 20, 7] * 4, np.int32)
+    y = run(kind, cupy.asarray(x), cupy.asarray(random(2, 40, float32)), None, 1e-3, order=cupy.asarray(order)).get()
+    is_column = (order >= 0) & (order < 40)
+    assert not y[:, ~is_column].any() and y[:, is_column].all()
+
+
 @pytest.mark.parametrize("kind", ["rms", "layer"])
 def test_bound_rejects_wrong_residuals(kind):
     x, weight, eps = random(7, (9, 300), float16), random(8, 300, float16), 1e-4
@@ -310,6 +378,8 @@ def test_head_kernel(cupy, kind, x_dtype, weight_dtype):
                 head_norm(inside, weight_, bias_, eps=1e-4, kind=kind, out=inside)
                 check()
                 assert same_bits(inside.get(), out.get()), "in place differs"
+                aligned = head_norm(*(None if a is None else cupy.asarray(a) for a in (x, weight, bias)), eps=1e-4, kind=kind)
+                assert same_bits(aligned.get(), out.get()), "the bits depend on addresses"
 
 
 # --- both paths -------------------------------------------------------------------------------------------------------
@@ -356,6 +426,29 @@ REFUSED = {
         {"residual": X(dtype=np.float32), "out": X()},
     ),
     "residual shape": (ValueError, "residual must have shape", rms_norm, (X(), W), {"residual": X((3, 8))}),
+    "order dtype": (TypeError, "order must have dtype int32", rms_norm, (X(), W), {"order": np.zeros(32, np.int64)}),
+    "order shape": (ValueError, "order must have 1 dim", layer_norm, (X(), W), {"order": np.zeros((1, 32), np.int32)}),
+    "order and residual": (
+        ValueError,
+        "order and residual are both given",
+        rms_norm,
+        (X(), W),
+        {"order": np.zeros(32, np.int32), "residual": X()},
+    ),
+    "out not of order's size": (
+        ValueError,
+        "out must have shape",
+        layer_norm,
+        (X(), W),
+        {"order": np.zeros(32, np.int32), "out": X()},
+    ),
+    "no columns to order": (
+        ValueError,
+        "x must have at least one column",
+        rms_norm,
+        (X((3, 0)), W[:0]),
+        {"order": np.zeros(32, np.int32)},
+    ),
     "kind": (ValueError, "kind must be", head_norm, (X(), W), {"kind": "batch"}),
     "head weight": (ValueError, "weight must have shape", head_norm, (X(), np.ones((2, 8), np.float16)), {}),
     "head bias": (ValueError, "bias must have shape", head_norm, (X(), W, np.ones((3, 8), np.float16)), {}),
@@ -386,6 +479,20 @@ def test_refuses_strides_and_overlap(library):
             op(move(library, np.ones((3, 8), np.float16)), weight, residual=whole[:3], out=whole[1:])
         with pytest.raises(ValueError, match="residual must be C-contiguous"):
             op(move(library, np.ones((8, 4), np.float16)), move(library, np.ones(4, np.float16)), residual=whole.T)
+
+
+@on_both
+def test_order_refuses_to_work_in_place(library):
+    x, weight, order = (move(library, a) for a in (X((4, 8)), W, np.arange(8, dtype=np.int32)))
+    for op in (rms_norm, layer_norm):
+        with pytest.raises(ValueError, match="out overlaps x"):
+            op(x, weight, order=order, out=x)
+
+
+def test_numpy_names_an_order_outside():
+    for wrong in (8, -2):
+        with pytest.raises(ValueError, match="order must hold -1 or columns of x below 8, got"):
+            rms_norm(X(), W, order=np.array([0, wrong] * 16, np.int32))
 
 
 @pytest.mark.gpu

@@ -267,6 +267,17 @@ def test_default_tables_against_math():
     assert same_bits(rope_tables(8, 7, scaling={"rope_type": "default", "rope_theta": 10000.0})[0], rope_tables(8, 7)[0])
 
 
+def test_long_tables_against_math():
+    """Also at positions that are far and at the seams of the blocks they are made in."""
+    sin, cos = rope_tables(8, 131_000, theta=500.0)
+    near_seams = [128 * block + i for block in (1, 2, 511, 1023) for i in (-1, 0, 1)]
+    for position in [*near_seams, 130_999, *np.random.default_rng(0).integers(0, 131_000, 500).tolist()]:
+        for pair in range(4):
+            angle = position * 500.0 ** (-2 * pair / 8)
+            assert abs(sin[position, pair] - math.sin(angle)) <= 2.0**-25 + 1e-10
+            assert abs(cos[position, pair] - math.cos(angle)) <= 2.0**-25 + 1e-10
+
+
 @pytest.mark.gpu
 def test_tables_on_the_gpu(cupy):
     for there, here in zip(rope_tables(8, 9, xp=cupy), rope_tables(8, 9), strict=True):

@@ -352,6 +352,40 @@ def test_read_into(tmp_path, monkeypatch, threads, preadv):
             assert bytes(buffer) == file.array("a").tobytes()
 
 
+@pytest.mark.parametrize("preadv", [True, False])
+def test_read_piece(tmp_path, monkeypatch, preadv):
+    if not preadv:
+        monkeypatch.delattr(os, "preadv")
+    path, expected = big_file(tmp_path)
+    with SafetensorsFile(path) as file:
+        for begin, size in ((0, 1), (0, expected.size), (12345, 4097), (expected.size - 7, 7), (expected.size, 0), (5, 0)):
+            guarded = np.full(size + 64, 0xAA, np.uint8)
+            file.read_piece("big", begin, guarded[32 : 32 + size])
+            np.testing.assert_array_equal(guarded[32 : 32 + size], expected[begin : begin + size])
+            assert (guarded[:32] == 0xAA).all() and (guarded[32 + size :] == 0xAA).all()
+        for begin, size in ((-1, 1), (expected.size, 1), (1, expected.size), (0, expected.size + 1)):
+            with pytest.raises(ValueError, match=rf"begin: {begin} and {size} bytes .* tensor 'big'"):
+                file.read_piece("big", begin, np.zeros(size, np.uint8))
+        with pytest.raises(FormatError, match="no tensor 'absent'"):
+            file.read_piece("absent", 0, bytearray(1))
+        with pytest.raises(ValueError, match="buffer: read-only or strided"):
+            file.read_piece("a", 0, b"abc")
+    with pytest.raises(ValueError, match="the file was closed"):
+        file.read_piece("a", 0, bytearray(1))
+
+
+def test_a_failing_read_is_named(tmp_path, monkeypatch):
+    path, _ = big_file(tmp_path)
+
+    def fail(*arguments):
+        raise OSError(5, "Input/output error")
+
+    with SafetensorsFile(path) as file:
+        monkeypatch.setattr(os, "preadv", fail)
+        with pytest.raises(FormatError, match=r"file\.safetensors: tensor 'a': cannot be read .Input/output error"):
+            file.read_piece("a", 0, bytearray(3))
+
+
 def test_short_reads_are_continued(tmp_path, monkeypatch):
     path, expected = big_file(tmp_path)
     real = os.preadv
@@ -414,6 +448,8 @@ def test_checkpoint_merges_files(tmp_path):
         buffer = bytearray(1)
         checkpoint.read_into("b", buffer)
         assert buffer == b"\x02"
+        checkpoint.read_piece("a", 0, buffer)
+        assert buffer == b"\x01"
         with pytest.raises(FormatError, match=r"no tensor 'c' in its 2 \*\.safetensors"):
             checkpoint.array("c")
     with pytest.raises(ValueError, match="closed"):

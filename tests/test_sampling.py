@@ -1,13 +1,25 @@
 """Sampling: the reference against plain loops and exact probabilities, the kernel against the reference, id for id."""
 
+import importlib
 import math
 
 import ml_dtypes
 import numpy as np
 import pytest
 
-from cupyq.ops.sampling import kept_weights, philox4x32, philox_bits, philox_uniform, sample, token_weights
+from cupyq.ops.sampling import (
+    SamplerTable,
+    kept_weights,
+    philox4x32,
+    philox_bits,
+    philox_uniform,
+    pick_parts,
+    sample,
+    sample_workspace_size,
+    token_weights,
+)
 
+module = importlib.import_module("cupyq.ops.sampling")
 FLOATS = [np.float32, np.float16, ml_dtypes.bfloat16]
 INF, NAN = np.inf, np.nan
 
@@ -426,6 +438,60 @@ def test_kernel_draws_the_same_ids(cupy, vocab, dtype):
     assert np.array_equal(on_gpu.get().view(np.uint8), logits.view(np.uint8))
 
 
+def test_parts_fill_the_gpu_and_no_more():
+    assert [pick_parts(rows, 128256, 132) for rows in (1, 2, 32, 67, 500)] == [62, 62, 4, 1, 0]
+    assert [pick_parts(1, vocab, 132) for vocab in (100, 4095, 4096, 1 << 23)] == [0, 1, 2, 128]
+    for vocab in (4096, 5000, 5380, 5381, 128256):  # where rows are split there is room for what the parts say
+        assert sample_workspace_size(3, vocab) >= 3 * module._ROW_BYTES
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("parts", [2, 3, 40, 128])
+@pytest.mark.parametrize(("vocab", "dtype"), [(4096, np.float32), (5003, FLOATS[2]), (32000, np.float16), (70_002, np.float32)])
+def test_many_blocks_draw_the_same_ids(cupy, monkeypatch, vocab, dtype, parts):
+    """Rows spread over so many blocks, some of them without tokens; nothing beyond the workspace is written."""
+    monkeypatch.setattr(module, "pick_parts", lambda rows, vocab, sm_count: parts)
+    logits, settings = batch(vocab, dtype, copies=1)
+    if vocab > 5003:  # every kind of row is left
+        logits, settings = logits[::3].copy(), {name: value[::3].copy() for name, value in settings.items()}
+    expected = sample(logits, **settings)
+    size = sample_workspace_size(*logits.shape)
+    workspace = cupy.full(size + 32, 0xA5, np.uint8)
+    held, out = between_sentinels(cupy, len(logits))
+    for _ in range(2):  # whatever the workspace holds
+        out.fill(-9)
+        assert sample(cupy.asarray(logits), **settings, out=out, workspace=workspace[:size]) is out
+        assert np.array_equal(out.get(), expected)
+    assert np.all(held[:32].get() == -7) and np.all(held[-32:].get() == -7) and np.all(workspace[size:].get() == 0xA5)
+
+
+@pytest.mark.gpu
+def test_many_blocks_for_numbers_and_tables(cupy):
+    """With numbers the host may leave launches out; settings of each kind alone, and rows that keep too many to be listed."""
+    logits = np.random.default_rng(3).normal(0, 2, (2, 20_000)).astype(np.float32)
+    logits[1] = np.round(logits[1])
+    on_gpu, workspace = cupy.asarray(logits), cupy.empty(sample_workspace_size(2, 20_000), np.uint8)
+    assert pick_parts(2, 20_000, 16) > 1
+    for settings in (
+        {"temperature": 0.0},
+        {"top_k": 1},
+        {},
+        {"temperature": 0.7, "min_p": 0.05},
+        {"temperature": 30.0},
+        {"top_k": 40},
+        {"top_k": 5000, "temperature": 3.0},
+        {"top_p": 0.8},
+        {"top_p": 0.99, "temperature": 9.0},
+        {"top_k": 60, "top_p": 0.9, "min_p": 0.02, "temperature": 0.8},
+    ):
+        table = SamplerTable(2, cupy, **settings, seed=[5, 6])
+        for step in range(4):
+            expected = sample(logits, **settings, seed=[5, 6], step=step)
+            assert np.array_equal(sample(on_gpu, **settings, seed=[5, 6], step=step, workspace=workspace).get(), expected)
+            steps = cupy.full(2, step, np.int64)
+            assert np.array_equal(sample(on_gpu, table=table, step=steps, workspace=workspace).get(), expected)
+
+
 @pytest.mark.gpu
 def test_kernel_on_a_million_tokens_and_on_many_rows(cupy):
     for vocab, rows, repeats in [(2**20 + 3, 2, 1), (2**20, 2, 1), (5, 1000, 100)]:
@@ -481,16 +547,21 @@ def test_kernel_draws_follow_the_probabilities(cupy):
 
 
 @pytest.mark.gpu
-def test_kernel_in_a_graph(cupy):
-    """With out and settings on the device nothing is allocated and the host never waits: a graph can hold the op."""
+@pytest.mark.parametrize("has_workspace", [False, True])
+def test_kernel_in_a_graph(cupy, has_workspace):
+    """With out and settings on the device nothing is allocated and the host never waits: a graph can hold the op.
+
+    Steps in an array make each replay draw anew, as a call with that step would.
+    """
     logits = np.random.default_rng(8).normal(0, 2, (6, 5000)).astype(np.float32)
     on_gpu, steps, out = cupy.asarray(logits), cupy.zeros(6, np.int64), cupy.empty(6, np.int32)
-    sample(on_gpu, top_k=50, top_p=0.9, step=steps, out=out)  # compiles and loads before the capture
+    given = {"workspace": cupy.empty(sample_workspace_size(6, 5000), np.uint8)} if has_workspace else {}
+    sample(on_gpu, top_k=50, top_p=0.9, step=steps, out=out, **given)  # compiles and loads before the capture
     stream = cupy.cuda.Stream(non_blocking=True)
     cupy.cuda.Device().synchronize()
     with stream:
         stream.begin_capture()
-        sample(on_gpu, top_k=50, top_p=0.9, step=steps, out=out)
+        sample(on_gpu, top_k=50, top_p=0.9, step=steps, out=out, **given)
         graph = stream.end_capture()
         for step in range(3):
             steps.fill(step)

@@ -36,6 +36,9 @@ def norms(dtype):
         for residual in (None, array(rows, dim, dtype=dtype)):
             ops.rms_norm(x, weight, residual=residual)
             ops.layer_norm(x, weight, bias, residual=residual)
+        for order in (integers(dim + 1, 32), integers(dim, 96) - 1):
+            ops.rms_norm(x, weight, order=order)
+            ops.layer_norm(x, weight, bias, order=order)
     for head_dim in (1, 72, 128):
         weight = array(head_dim, dtype=dtype)
         for kind in ("rms", "layer"):
@@ -65,6 +68,11 @@ def positions(dtype):
         ops.rope(array(2, 3, 5, 48, dtype=dtype), sin, cos, start, style=style)
     k, v = array(2, 3, 2, 40, dtype=dtype), array(2, 3, 2, 40, dtype=dtype)
     ops.kv_append(k, v, array(2, 16, 2, 40, dtype=dtype), array(2, 16, 2, 40, dtype=dtype), start)
+    qkv, norm = array(2, 3, 9 * 48, dtype=dtype), array(48)
+    caches = array(2, 16, 2, 48, dtype=dtype), array(2, 16, 2, 48, dtype=dtype)
+    for style in ("neox", "gptj"):
+        ops.qkv_append(qkv, *caches, sin, cos, start, heads=5, style=style, q_norm=norm, k_norm=norm)
+    ops.qkv_append(qkv, *caches, None, None, start, heads=5, style=None)
 
 
 def attentions(dtype):
@@ -72,6 +80,7 @@ def attentions(dtype):
         k, v = array(2, capacity, 2, head_dim, dtype=dtype), array(2, capacity, 2, head_dim, dtype=dtype)
         lengths = cupy.asarray(np.array([capacity, max(seq, capacity // 2)], np.int32))
         ops.attention(array(2, seq, 6, head_dim, dtype=dtype), k, v, kv_lengths=lengths, window=50, softcap=20.0)
+        ops.attention(array(2, seq, 6, head_dim, dtype=dtype), k, v, kv_lengths=lengths)
 
 
 def routing_and_sampling(dtype):
@@ -84,6 +93,9 @@ def routing_and_sampling(dtype):
         logits = array(3, vocabulary, dtype=dtype)
         ops.sample(logits, temperature=0.0)
         ops.sample(logits, temperature=0.8, top_k=50, top_p=0.9, min_p=0.01, seed=np.arange(3))
+        workspace = cupy.empty(ops.sample_workspace_size(3, vocabulary), np.uint8)
+        for settings in ({"temperature": 0.0}, {"min_p": 0.01}, {"top_k": 50, "top_p": 0.9}, {"top_k": 3000}):
+            ops.sample(logits, **settings, seed=np.arange(3), workspace=workspace)
         further = {"tfs": 0.99, "typical": 0.9, "mirostat_tau": 8.0, "mirostat_mu": cupy.full(3, 16, np.float32)}
         further |= {"top_a": 0.01, "max_temp": 1.5, "xtc_probability": 1.0, "xtc_threshold": 0.001, "smoothing": 0.1}
         first = {"top_ids": cupy.empty((3, 9), np.int32), "top_probabilities": cupy.empty((3, 9), np.float32)}
@@ -92,6 +104,8 @@ def routing_and_sampling(dtype):
         history, flags = integers(vocabulary + 1, 3, 300), integers(2, vocabulary).astype(np.uint8)
         options = {"repetition": 1.1, "frequency": 0.1, "sustain": 90, "decay": 100, "dry_multiplier": 0.8}
         ops.penalize(logits, history, cupy.asarray(np.int32([0, 7, 300])), **options, dry_breakers=flags, out=logits)
+        counters = [integers(9, 3) for _ in range(2)], cupy.arange(7, 10)
+        ops.advance(integers(vocabulary, 3), *counters[0], counters[1], tokens=integers(9, 9, 3), history=integers(9, 3, 8))
         ops.penalize(logits, history, bias_ids=integers(vocabulary, 5), bias=array(5), allowed=flags, out=array(3, vocabulary))
 
 
@@ -165,8 +179,22 @@ def quantized():
                 ops.reconstruct(q)
                 for rows in (1, 7, 17, 64, 65):
                     for dtype in (np.float16, bfloat16):
-                        ops.qmatmul(array(rows, q.k, dtype=dtype), q)
+                        x, y = array(rows, q.k, dtype=dtype), array(rows, q.n, dtype=dtype)
+                        ops.qmatmul(x, q)
+                        ops.qmatmul(x, q, residual=y, out=y)
+                        ops.qmatmul(x, q, batch_invariant=True)
             for (k, _), matrices in by_shape.items():
+                for parts in (matrices[:1] * 2, matrices[:2], matrices[:1] + matrices[-1:] * 3):
+                    joined = ops.JoinedQMatrix.from_matrices(parts)
+                    for rows in (1, 9, 40, 65):
+                        x = array(rows, k, dtype=np.float16)
+                        workspace = cupy.zeros(ops.qmatmul_workspace_size(joined, rows), np.float32)
+                        ops.qmatmul(x, joined, workspace=workspace)
+                        if len(parts) == 2:
+                            ops.qmatmul_gated(x, joined, workspace=workspace)
+                        if joined.shares_order:
+                            ordered = array(rows, 32 * joined.blocks, dtype=np.float16)
+                            ops.qmatmul(ordered, joined, is_ordered=True, dtype=np.float32)
                 experts = ops.QMatrixGroup.from_matrices(matrices)
                 for rows, tile_rows in ((1, None), (9, 8), (70, None), (70, 64)):
                     groups = ops.group_rows(integers(len(matrices), rows, 1), len(matrices), tile_rows=tile_rows)

@@ -7,6 +7,7 @@
 // Traffic     (is_gated ? 3 : 2) * n * sizeof(T) bytes
 // Reference   cupyq/ops/activation.py: silu_reference, silu_mul_reference and so on
 #include "activation.cuh"
+#include "ptx.cuh"
 
 template <typename T, int function, bool is_gated, int vector>
 __global__ void __launch_bounds__(256) activate(
@@ -14,6 +15,8 @@ __global__ void __launch_bounds__(256) activate(
     const T *up,  // [n], or null where not is_gated
     T *y,         // [n]
     int64 n) {
+    let_next_kernel_start();
+    wait_for_previous_kernel();
     int64 first = ((int64)blockIdx.x * 256 + threadIdx.x) * vector;
     if (first >= n) return;
     auto xs = *(const Vector<T, vector> *)(x + first);

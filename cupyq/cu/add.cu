@@ -5,7 +5,7 @@
 // Limits      n below 2^39; z may be x, or y where the dtypes agree.
 // Traffic     n * (2 * sizeof(X) + sizeof(Y)) bytes
 // Reference   cupyq/ops/elementwise.py: add_reference
-#include "types.cuh"
+#include "ptx.cuh"
 
 template <typename X, typename Y, int vector>
 __global__ void __launch_bounds__(256)
@@ -13,6 +13,8 @@ __global__ void __launch_bounds__(256)
         const Y *y,  // [n]
         X *z,        // [n]
         int64 n) {
+    let_next_kernel_start();
+    wait_for_previous_kernel();
     int64 first = ((int64)blockIdx.x * 256 + threadIdx.x) * vector;
     if (first >= n) return;
     auto xs = *(const Vector<X, vector> *)(x + first);

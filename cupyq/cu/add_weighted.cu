@@ -5,7 +5,7 @@
 // Limits      none on rows (grid x) or cols; z may be x, or y where the dtypes agree.
 // Traffic     rows * cols * (2 * sizeof(X) + sizeof(Y)) bytes where the weight is not 0, none in place where it is
 // Reference   cupyq/ops/elementwise.py: add_weighted_reference
-#include "types.cuh"
+#include "ptx.cuh"
 
 template <typename X, typename Y, int vector>
 __global__ void __launch_bounds__(256) add_weighted(
@@ -14,6 +14,8 @@ __global__ void __launch_bounds__(256) add_weighted(
     const float *weights,  // [rows]
     X *z,                  // [rows, cols]
     int cols) {
+    let_next_kernel_start();
+    wait_for_previous_kernel();
     float weight = weights[blockIdx.x];
     if (weight == 0 && x == z) return;
     int64 row = (int64)blockIdx.x * cols;

@@ -25,6 +25,8 @@ __global__ void __launch_bounds__(32 * warps) attention_prefill(
     constexpr bool overlays = HEAD <= 128;  // the queries leave shared memory before the first keys enter
     static_assert(!overlays || tile_rows <= 4 * tile_keys, "queries do not fit where the keys go");
 
+    let_next_kernel_start();
+    wait_for_previous_kernel();
     if constexpr (!on_tensor_cores<T>) return __trap();
 
     extern __shared__ __align__(16) uint8 shared[];

@@ -29,6 +29,8 @@ __global__ void __launch_bounds__(128, 2) attention_simple(
     float *sK = sQ + tile_rows * HEAD;        // [tile_keys, key_floats]
     float *sW = sK + tile_keys * key_floats;  // [warps, tile_keys, warp_rows]: softmax weights
 
+    let_next_kernel_start();
+    wait_for_previous_kernel();
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     int tiles_of_queries = (seq + tile_rows - 1) / tile_rows;
     int columns = batch * heads, column = blockIdx.x % columns;

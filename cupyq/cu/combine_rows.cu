@@ -5,7 +5,7 @@
 // Limits      none on rows (grid x), top_k or cols.
 // Traffic     rows * cols * (4 + sizeof(Y) * weights that are not 0) bytes
 // Reference   cupyq/ops/routing.py: combine_rows_reference
-#include "types.cuh"
+#include "ptx.cuh"
 
 template <typename Y, int vector>
 __global__ void __launch_bounds__(256) combine_rows(
@@ -13,6 +13,8 @@ __global__ void __launch_bounds__(256) combine_rows(
     const float *weights,  // [rows, top_k]
     float *z,              // [rows, cols]
     int cols, int top_k) {
+    let_next_kernel_start();
+    wait_for_previous_kernel();
     int64 row = blockIdx.x;
     for (int c = (blockIdx.y * 256 + threadIdx.x) * vector; c < cols; c += gridDim.y * 256 * vector) {
         Vector<float, vector> sum = {};

@@ -5,7 +5,7 @@
 // Limits      none on rows (grid x); ids are never trusted: no access leaves the table.
 // Traffic     rows * dim * (sizeof(T) + sizeof(Y)) bytes
 // Reference   cupyq/ops/embedding.py: embedding_reference
-#include "types.cuh"
+#include "ptx.cuh"
 
 template <typename Id, typename T, typename Y, int vector>
 __global__ void __launch_bounds__(256) embedding(
@@ -13,6 +13,8 @@ __global__ void __launch_bounds__(256) embedding(
     const T *table,  // [vocab, dim]
     Y *y,            // [rows, dim]
     int vocab, int dim, float scale) {
+    let_next_kernel_start();
+    wait_for_previous_kernel();
     int64 id = ids[blockIdx.x];
     bool is_known = id >= 0 && id < vocab;
     for (int c = (blockIdx.y * 256 + threadIdx.x) * vector; c < dim; c += gridDim.y * 256 * vector) {

@@ -7,6 +7,7 @@
 // Traffic     rows * count * (sizeof(T) + one 32-byte sector) bytes, from L2.
 // Reference   cupyq/ops/qmatmul.py: qmatmul_reference, which takes x as it is
 #include "matrix.cuh"
+#include "ptx.cuh"
 
 // The two values of a row that belong at stored columns j and j + 1.
 template <typename T> __device__ __forceinline__ Vector<T, 2> gathered_pair(const T *row, int first, int second) {
@@ -20,8 +21,11 @@ __global__ void __launch_bounds__(128) gather_columns(
     T *y,               // [rows, count]
     int rows, int k, int count) {
     int j = 2 * (blockIdx.x * 128 + threadIdx.x);
+    int first = j, second = j + 1;                                       // count is a multiple of 32
+    if (column && j < count) first = column[j], second = column[j + 1];  // of a QMatrix: no kernel writes it
+    let_next_kernel_start();
+    wait_for_previous_kernel();
     if (j >= count) return;
-    int first = column ? column[j] : j, second = column ? column[j + 1] : j + 1;  // count is a multiple of 32
     for (int r = blockIdx.y; r < rows; r += gridDim.y)
         *(Vector<T, 2> *)(y + (int64)r * count + j) = gathered_pair(x + (int64)r * k, first, second);
 }
@@ -34,6 +38,8 @@ __global__ void __launch_bounds__(128) gather_columns_grouped(
     const int *order,        // [pairs]
     T *y,                    // [pairs, count]; of a row, the first 32 * blocks of its matrix are written
     int tile_count, int pairs_per_row, int k, int count) {
+    let_next_kernel_start();
+    wait_for_previous_kernel();
     int j = 2 * (blockIdx.x * 128 + threadIdx.x);
     for (int t = blockIdx.y; t < tile_count; t += gridDim.y) {
         RowTile tile = tiles[t];

@@ -9,6 +9,7 @@
 // Traffic     2 * experts * pairs * 4 bytes from L2
 // Reference   cupyq/ops/routing.py: group_rows_reference
 #include "matrix.cuh"
+#include "ptx.cuh"
 
 constexpr int MOST_EXPERTS = 1024, THREADS = 512;
 
@@ -21,6 +22,8 @@ __global__ void __launch_bounds__(THREADS) group_rows(
     __shared__ int count[MOST_EXPERTS];
     __shared__ int begin, first_tile;       // pairs and tiles of the experts before this one
     __shared__ int found[2][THREADS / 32];  // own pairs in each warp's share of a run of THREADS pairs
+    let_next_kernel_start();
+    wait_for_previous_kernel();
     int expert = blockIdx.x, experts = gridDim.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
     for (int e = threadIdx.x; e < experts; e += THREADS) count[e] = 0;

@@ -5,7 +5,7 @@
 // Limits      none on batch * seq (grid x); positions are never trusted: no access leaves the cache.
 // Traffic     4 * batch * seq * row bytes
 // Reference   cupyq/ops/kv_append.py: kv_append_reference
-#include "types.cuh"
+#include "ptx.cuh"
 
 template <typename Word>
 __global__ void __launch_bounds__(256) kv_append(
@@ -15,6 +15,8 @@ __global__ void __launch_bounds__(256) kv_append(
     Word *v_cache,         // [at least batch, capacity, row_words]
     const int *positions,  // [batch]
     int seq, int capacity, int row_words) {
+    let_next_kernel_start();
+    wait_for_previous_kernel();
     int batch = blockIdx.x / seq;
     int64 position = (int64)positions[batch] + blockIdx.x % seq;
     if (position < 0 || position >= capacity) return;

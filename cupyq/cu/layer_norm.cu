@@ -1,53 +1,89 @@
 // layer_norm: y[r, c] = (x[r, c] - mean_r) * w[c] / sqrt(mean_c((x[r, c] - mean_r)^2) + eps) + b[c] + residual[r, c]
+//             is_ordered: y[r, j] is that of column order[j], 0 where order[j] is no column
 //
-// Work split  one block of 32 * warps threads per row; `vector` values per access (1 where dim or an address is odd).
+// Work split  one block of 32 * warps threads per row; `vector` values per access (1 where a size or an address is odd).
 // Numerics    mean, then variance from the deviations, both as fp32 sums in a fixed order; one rounding at the store.
-// Limits      none on rows (grid x) or dim; y may be x or residual; b and residual may be null.
+// Limits      none on rows (grid x), dim or count; b and residual may be null; y may be x or residual, but for is_ordered.
 // Traffic     rows * dim * (sizeof(X) + sizeof(Y)) + 2 * dim * sizeof(W) bytes, and rows * dim * sizeof(Y) for the
-//             residual; rows wider than the L1 are read three times from L2.
+//             residual; what a row has beyond 2 vectors a thread is read three times, from L1 or L2, ordered rows once more.
+//             With order, y has rows * count values and order 4 * count bytes.
 // Reference   cupyq/ops/norm.py: layer_norm_reference
-#include "reduce.cuh"
+#include "norm.cuh"
 
-template <typename X, typename W, typename Y, int vector, int warps>
-__global__ void __launch_bounds__(32 * warps) layer_norm(
+template <typename X, typename W, typename Y, int vector, int warps, bool is_ordered>
+__global__ void __launch_bounds__(32 * warps, 1) layer_norm(
     const X *x,         // [rows, dim]
     const W *w,         // [dim]
     const W *b,         // [dim] or null
     const Y *residual,  // [rows, dim] or null
-    Y *y,               // [rows, dim]
-    int dim, float eps) {
+    const int *order,   // [count], null where not is_ordered
+    Y *y,               // [rows, dim], or [rows, count] where is_ordered
+    int dim, int count, float eps) {
+    constexpr int step = 32 * warps * vector, held = 2;
     __shared__ float partial[warps];
-    int64 start = (int64)blockIdx.x * dim;
-    const X *x_row = x + start;
-    Y *y_row = y + start;
+    int first = threadIdx.x * vector;
+    prefetch_row<step>(w, first, dim);
+    if (b) prefetch_row<step>(b, first, dim);
+    if (is_ordered) prefetch_row<step>(order, first, count);
+    let_next_kernel_start();
+    wait_for_previous_kernel();
+
+    const X *x_row = x + (int64)blockIdx.x * dim;
+    RowValues<X, vector, step, held> xs;
+    RowValues<W, vector, step, held> ws, bs;
+    RowValues<int, vector, step, held> columns;
+    xs.load(x_row, first, dim);
+    if constexpr (is_ordered) {
+        columns.load(order, first, count);
+    } else {
+        ws.load(w, first, dim);
+        if (b) bs.load(b, first, dim);
+    }
 
     float sum = 0;
-    for (int c = threadIdx.x * vector; c < dim; c += 32 * warps * vector) {
-        auto xs = *(const Vector<X, vector> *)(x_row + c);
-        for (int i = 0; i < vector; i++) sum += to_float(xs[i]);
-    }
+    each_column<step, held>(first, dim, [&](int c, int h) {
+        auto values = xs.at(c, h);
+        for (int i = 0; i < vector; i++) sum += to_float(values[i]);
+    });
     float mean = block_sum<warps>(sum, partial) / dim;
 
     float squares = 0;
-    for (int c = threadIdx.x * vector; c < dim; c += 32 * warps * vector) {
-        auto xs = *(const Vector<X, vector> *)(x_row + c);
-        for (int i = 0; i < vector; i++) squares += (to_float(xs[i]) - mean) * (to_float(xs[i]) - mean);
-    }
+    each_column<step, held>(first, dim, [&](int c, int h) {
+        auto values = xs.at(c, h);
+        for (int i = 0; i < vector; i++) squares += (to_float(values[i]) - mean) * (to_float(values[i]) - mean);
+    });
     float scale = 1.0f / sqrtf(block_sum<warps>(squares, partial) / dim + eps);
 
-    for (int c = threadIdx.x * vector; c < dim; c += 32 * warps * vector) {
-        auto xs = *(const Vector<X, vector> *)(x_row + c);
-        auto ws = *(const Vector<W, vector> *)(w + c);
-        Vector<W, vector> bs;
-        if (b) bs = *(const Vector<W, vector> *)(b + c);
-        Vector<Y, vector> residuals, ys;
-        if (residual) residuals = *(const Vector<Y, vector> *)(residual + start + c);
-        for (int i = 0; i < vector; i++) {
-            float value = (to_float(xs[i]) - mean) * to_float(ws[i]) * scale;
-            if (b) value += to_float(bs[i]);
-            if (residual) value += to_float(residuals[i]);
-            ys[i] = from_float<Y>(value);
-        }
-        *(Vector<Y, vector> *)(y_row + c) = ys;
+    if constexpr (is_ordered) {
+        each_column<step, held>(first, count, [&](int j, int h) {
+            auto from = columns.at(j, h);
+            Vector<Y, vector> ys;
+            for (int i = 0; i < vector; i++) {
+                float value = 0;
+                if ((uint32)from[i] < (uint32)dim) {
+                    value = (to_float(x_row[from[i]]) - mean) * to_float(w[from[i]]) * scale;
+                    if (b) value += to_float(b[from[i]]);
+                }
+                ys[i] = from_float<Y>(value);
+            }
+            *(Vector<Y, vector> *)(y + (int64)blockIdx.x * count + j) = ys;
+        });
+    } else {
+        each_column<step, held>(first, dim, [&](int c, int h) {
+            auto x_here = xs.at(c, h);
+            auto w_here = ws.at(c, h);
+            int64 at = (int64)blockIdx.x * dim + c;
+            Vector<W, vector> b_here;
+            Vector<Y, vector> residual_here, ys;
+            if (b) b_here = bs.at(c, h);
+            if (residual) residual_here = *(const Vector<Y, vector> *)(residual + at);
+            for (int i = 0; i < vector; i++) {
+                float value = (to_float(x_here[i]) - mean) * to_float(w_here[i]) * scale;
+                if (b) value += to_float(b_here[i]);
+                if (residual) value += to_float(residual_here[i]);
+                ys[i] = from_float<Y>(value);
+            }
+            *(Vector<Y, vector> *)(y + at) = ys;
+        });
     }
 }

@@ -10,7 +10,7 @@
 // Traffic     rows * vocab * (sizeof(X) + sizeof(Y)) bytes where out is not logits, plus bias and mask; else only the
 //             history and the table.
 // Reference   cupyq/ops/penalties.py: penalize_reference
-#include "types.cuh"
+#include "ptx.cuh"
 
 constexpr int threads = 1024;
 
@@ -58,6 +58,8 @@ __global__ void __launch_bounds__(threads) penalize(
     Entry *entries,             // [rows, slots]
     int is_int64, int width, int bias_count, int has_bias_by_row, int has_allowed_by_row, int slots, int vocab) {
     __shared__ int longest;
+    let_next_kernel_start();
+    wait_for_previous_kernel();
     int64 row = blockIdx.x;
     Penalties penalties = {repetition, frequency, presence, sustain, decay, dry_multiplier, dry_base,
         dry_allowed_length, dry_max_ngram, dry_range};

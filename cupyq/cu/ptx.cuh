@@ -76,6 +76,13 @@ __device__ __forceinline__ void ldmatrix_x4(uint32 (&r)[4], const void *row) {
             : "memory");
 }
 
+__device__ __forceinline__ void ldmatrix_x4(uint32 (&r)[4], uint32 shared_row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+        : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+        : "r"(shared_row)
+        : "memory");
+}
+
 // 16 bytes from global to shared memory without passing through registers; zeros where `is_valid` is false (the source is
 // then not read). Turing copies through registers, at once.
 __device__ __forceinline__ void copy_async_16(void *shared, const void *global, bool is_valid = true) {
@@ -86,6 +93,17 @@ __device__ __forceinline__ void copy_async_16(void *shared, const void *global, 
         : "memory");
 #else
     *(uint4 *)shared = is_valid ? *(const uint4 *)global : make_uint4(0, 0, 0, 0);
+#endif
+}
+
+__device__ __forceinline__ void copy_async_16(uint32 shared, const void *global) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(__cvta_generic_to_global(global))
+        : "memory");
+#else
+    uint4 v = *(const uint4 *)global;
+    asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(shared), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+        : "memory");
 #endif
 }
 
@@ -122,10 +140,15 @@ __device__ __forceinline__ uint32 load_streaming(const uint32 *p) {
     return v;
 }
 
-// (x & mask) | bits in one instruction.
-template <uint32 mask, uint32 bits> __device__ __forceinline__ uint32 and_or(uint32 x) {
+// (x & mask) | bits and (x & mask) ^ bits, in one instruction each.
+__device__ __forceinline__ uint32 and_or(uint32 x, uint32 mask, uint32 bits) {
     uint32 y;
-    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(y) : "r"(x), "n"(mask), "n"(bits));
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(y) : "r"(x), "r"(mask), "r"(bits));
+    return y;
+}
+__device__ __forceinline__ uint32 and_xor(uint32 x, uint32 mask, uint32 bits) {
+    uint32 y;
+    asm("lop3.b32 %0, %1, %2, %3, 0x6a;" : "=r"(y) : "r"(x), "r"(mask), "r"(bits));
     return y;
 }
 
@@ -163,8 +186,9 @@ __device__ __forceinline__ void wait_for_previous_kernel() {
 #endif
 }
 
-// Lets the next kernel's thread blocks onto the multiprocessors as soon as every block of this one has come here or ended.
-// Never before wait_for_previous_kernel(): then whatever ran before this kernel is complete when the next one starts.
+// Lets the next kernel's thread blocks onto the multiprocessors as soon as every block of this one has come here or ended: it
+// reads its weights ahead while this kernel, and perhaps those before it, still work. Sound even before this kernel's own wait:
+// the next one's wait returns when this kernel has ended, which it does not before the one before it has.
 __device__ __forceinline__ void let_next_kernel_start() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;");

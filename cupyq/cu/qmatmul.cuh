@@ -1,211 +1,447 @@
-// The body of qmatmul.cu and qmatmul_grouped.cu: some rows of a product with one matrix, for 32 * warps_n of its columns and
-// one K slice (blockIdx.y). Formula, work split and numerics: qmatmul.cu.
+// The body of qmatmul.cu and qmatmul_grouped.cu: some rows of a product with one matrix, or with several side by side.
 //
-//            32 columns of one tile                     lane 4g + t holds columns 4g..4g+3 and rows 8t..8t+7:
-//         g=0        g=1    ...   g=7                      mma a (columns 4g+2a, 4g+2a+1), step j (rows 8t+4j..8t+4j+3)
-//   t=0   [8 rows x 4 columns]                             A register 0: column 4g+2a,   rows +0, +1
-//   t=1   [    "             ]                                        1: column 4g+2a+1, rows +0, +1
-//   t=2                                                               2, 3: the same columns, rows +2, +3
-//   t=3                                                    B registers: x[m = g][8t+4j .. +3], two words of one 16-byte load
+//            32 columns of one tile                lane 4g + t holds columns 4g .. 4g+3 and rows 16j + 8h + 2t + e
+//         g=0        g=1    ...   g=7                mma a (columns 4g+2a, 4g+2a+1), step j (rows 16j .. 16j+15)
+//   t=0   [8 rows x 4 columns]                       A registers: pairs of (column, h) = (2a, 0), (2a+1, 0), (2a, 1), (2a+1, 1)
+//   t=1   [    "             ]                       B registers: x[m = g][16j + 8h + 2t + e], by ldmatrix
+//
+// A *step* is 4 blocks, 128 stored rows, of one column tile. Each warp has a ring of shared memory into which it copies, without
+// registers and several steps ahead, the words of a step (one run of memory) and the scales and zeros of its groups. No other
+// warp reads them, so the ring needs no block-wide barrier and runs on across chunks of x and from one item to the next.
 #pragma once
+#include "activation.cuh"
 #include "matrix.cuh"
 #include "tiles.cuh"
 
 static_assert(TILE == 32, "a tile is two 16-row mma operands wide and two k = 16 steps high");
 
-// How many widths a matrix mixes. More of them, and more rows, leave the compiler fewer registers.
+constexpr int STEP = 4;
+constexpr int HANDED_STRIDE = 36;  // floats between rows of 32 sums: then the writes of a warp touch all banks
+
 constexpr int width_count(int widths) {
     int count = 0;
     for (int bits = 2; bits <= 8; bits++) count += widths >> bits & 1;
     return count;
 }
-
-// Two thread blocks share a multiprocessor where that costs no spills.
-constexpr int blocks_per_sm(int widths, int m_tiles) {
-    return m_tiles == 1 && width_count(widths) <= 3 || m_tiles == 2 && width_count(widths) <= 2 ? 2 : 1;
+constexpr int widest(int widths) {
+    int bits = 8;
+    while (!(widths >> bits & 1)) bits--;
+    return bits;
+}
+// Two thread blocks share a multiprocessor where that costs no spills: of one kernel, or of this one and the next.
+constexpr int blocks_per_sm(bool has_zeros, int widths, int m_tiles, int warps) {
+    int most_warps = m_tiles == 1 ? 12 : m_tiles == 2 ? 8 : 0;
+    return warps <= most_warps ? 2 : 1;
+}
+constexpr int slot_bytes(bool has_zeros, int widths) {
+    return STEP * (2 * TILE * (has_zeros ? 2 : 1) + widest(widths) * 4 * TILE);
 }
 
-// `Rows` has the number `count` of rows of this thread block, at most 8 * m_tiles, and says where the r-th of them lies in x
-// (`of_x`) and in y (`of_y`).
-template <typename T, bool has_zeros, int widths, int m_tiles, int warps_n, int warps_k, typename Rows>
+// What the matrices' steps look like, in shared memory: for each block, its first word / 32 and, in the high half, its group.
+__device__ __forceinline__ void write_block_table(uint32 *table, const Matrix &matrix, int entries, int threads) {
+    constexpr int width[6] = {8, 6, 5, 4, 3, 2};
+    for (int b = threadIdx.x; b < entries; b += threads) {
+        int left = min(b, matrix.blocks), start = 0;
+        for (int w = 0; w < 6; w++) {
+            int here = min(left, matrix.width_blocks[w]);
+            start += here * width[w];
+            left -= here;
+        }
+        table[b] = start | matrix.block_group[min(b, matrix.blocks - 1)] << 16;
+    }
+}
+
+// How a product is cut; see QmatmulConfig in ops/qmatmul.py. An item is `warps_n` column tiles and one slice of K.
+struct Cut {
+    int column_tiles;  // of all matrices
+    int blocks;        // of each
+    int slices, slice_steps, chunk_steps;
+    int staged_rows;  // of x, at most 8 * m_tiles
+};
+
+struct Output {
+    void *y;               // [m, y_stride] of T, or float where is_float
+    const void *residual;  // as y, or null
+    float *partial;        // [slices, m, 32 * column_tiles], unused with one slice
+    uint32 *arrived;       // [items / slices]: zero before and after
+    int m, y_stride;
+    bool is_float;
+};
+
+// In place of an activation: no gate. Of a gated product, column tiles alternate between the two matrices.
+constexpr int PLAIN = -1;
+
+// `rows` has the number `count` of rows of this thread block, at most cut.staged_rows, and says where the r-th of them lies in x
+// (`of_x`) and in y (`of_y`). `before_x` is called once, between the first reads of weights and everything else.
+template <
+    typename T, bool has_zeros, int widths, int m_tiles, int warps_n, int warps_k, int slots, int gate, typename Rows,
+    typename BeforeX>
 __device__ __forceinline__ void multiply_rows(
-    const T *x,            // [any, x_stride], x_stride at least 32 * matrix.blocks
-    const Matrix &matrix,  // its widths are among `widths`
-    void *y,               // [m, n] of T, or float where y_is_float
-    float *partial,        // [slices, m, padded_n], unused with one slice
-    uint32 *arrived,       // counter of these rows and columns: zero before and after
-    Rows rows, int x_stride, int m, int n, int padded_n, int column_block, int slice_blocks, int chunk_blocks,
-    bool y_is_float) {
-    constexpr int threads = 32 * warps_n * warps_k, m_block = 8 * m_tiles;
+    const T *x,  // [any, x_stride], 16-byte aligned rows of 32 * blocks values
+    const Matrix *matrices, int matrix_count, Rows rows, int x_stride, Cut cut, Output out, int first_item,
+    int item_step, BeforeX before_x) {
+    constexpr int threads = 32 * warps_n * warps_k, slot_size = slot_bytes(has_zeros, widths);
+    constexpr int scale_bytes = STEP * 2 * TILE * (has_zeros ? 2 : 1);
+    constexpr bool is_gated = gate != PLAIN, is_direct = warps_k == 1 && !is_gated;
+    constexpr bool has_one_width = width_count(widths) == 1;
     extern __shared__ uint4 shared[];
     __shared__ bool is_last;
 
-    int lane = threadIdx.x % 32, warp_n = threadIdx.x / 32 % warps_n, warp_k = threadIdx.x / 32 / warps_n;
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warp_n = warp % warps_n, warp_k = warp / warps_n;
     int g = lane / 4, t = lane % 4;
-    int tile = column_block * warps_n + warp_n;
-    int tile_column = tile * TILE + 4 * g;  // the lane's first column
-    bool has_tile = tile * TILE < padded_n;
-    const uint32 *tile_words = matrix.tiles + (int64)tile * matrix.words_per_column_tile;
+    int steps = (cut.blocks + STEP - 1) / STEP, entries = STEP * (steps + 1);
+    int groups_of_tiles = (cut.column_tiles + warps_n - 1) / warps_n, items = groups_of_tiles * cut.slices;
 
-    int slice_begin = blockIdx.y * slice_blocks, slice_end = min(slice_begin + slice_blocks, matrix.blocks);
-    // Shared rows are an odd multiple of 64 bytes apart, so the 16-byte reads of 8 lanes (2 rows x 4) touch all 32 banks.
-    int stride = (chunk_blocks | 1) * 4;  // in uint4
+    // Shared memory: rings, block tables, rows of x, sums handed over. Rows of x are an odd multiple of 16 bytes apart, so that
+    // the 8 rows of an ldmatrix lie in different banks.
+    uint32 ring = shared_address(shared) + warp * slots * slot_size;
+    uint32 *tables = (uint32 *)((char *)shared + warps_n * warps_k * slots * slot_size);
+    uint4 *staged = (uint4 *)(tables + matrix_count * entries);
+    int stride = min(cut.chunk_steps, steps) * (STEP * 4) | 1;  // in uint4
+    float *handed = (float *)(staged + cut.staged_rows * stride);
 
-    float sums[m_tiles][2][4] = {};  // [m tile][mma a][accumulator register]
+    for (int i = 0; i < matrix_count; i++) write_block_table(tables + i * entries, matrices[i], entries, threads);
+    __syncthreads();
 
-    auto stage_x = [&](int begin, int end) {
-        int count = (end - begin) * (TILE / 8);  // 16-byte vectors of a row
-        for (int i = threadIdx.x; i < m_block * count; i += threads) {
-            int r = i / count, c = i % count;
-            bool is_valid = r < rows.count;
-            const T *source = x + (int64)(is_valid ? rows.of_x(r) : 0) * x_stride + begin * TILE + c * 8;
-            copy_async_16(&shared[r * stride + c], source, is_valid);
-        }
-        copy_async_commit();
-        copy_async_wait<0>();
+    auto matrix_of = [&](int tile) {
+        if constexpr (is_gated) return tile % 2;
+        int i = 0;
+        while (i + 1 < matrix_count && tile >= matrices[i + 1].first_tile) i++;
+        return i;
+    };
+    auto own_tile = [&](int tile, int i) { return is_gated ? tile / 2 : tile - matrices[i].first_tile; };
+
+    // The part of the chunk that begins at step `chunk` of an item's slice which belongs to the warps of this warp_k. It lies at
+    // the same place of every chunk, however short, so that these warps stage their part of x without waiting for others.
+    int share = (cut.chunk_steps + warps_k - 1) / warps_k;
+    auto share_of = [&](int item, int chunk, int &step, int &end) {
+        int slice = item / groups_of_tiles;
+        int chunk_end = min(min(chunk + cut.chunk_steps, (slice + 1) * cut.slice_steps), steps);
+        step = min(chunk + warp_k * share, chunk_end);
+        end = min(step + share, chunk_end);
+    };
+    auto has_tile = [&](int item) { return item % groups_of_tiles * warps_n + warp_n < cut.column_tiles; };
+    auto meet = [&] {  // of the warps that read the same part of x
+        if constexpr (warps_n == 1)
+            __syncwarp();
+        else if constexpr (warps_k == 1)
+            __syncthreads();
+        else
+            asm volatile("bar.sync %0, %1;" ::"r"(1 + warp_k), "n"(32 * warps_n) : "memory");
     };
 
-    // Blocks [begin, end) of one width; `base`: words of the width's first block, `first`: its number; `chunk`: that of sX.
-    auto run = [&](auto width, int begin, int end, int first, const uint32 *base, int chunk) {
+    // --- reading ahead ---
+    struct Ahead {
+        int item, chunk, step, end;
+        const char *words, *scales;
+        const uint32 *table;
+    } ahead = {first_item};
+    auto begin_item = [&] {
+        if (ahead.item >= items) return;
+        ahead.chunk = ahead.item / groups_of_tiles * cut.slice_steps;
+        share_of(ahead.item, ahead.chunk, ahead.step, ahead.end);
+        if (!has_tile(ahead.item)) ahead.chunk = steps, ahead.end = ahead.step;
+        int tile = min(ahead.item % groups_of_tiles * warps_n + warp_n, cut.column_tiles - 1);
+        int i = matrix_of(tile), own = own_tile(tile, i);
+        const Matrix &matrix = matrices[i];
+        // Each lane points to its own 16 bytes: of the words, and of the scales (lanes 0 to 15) or zeros of up to 4 groups.
+        ahead.words = (const char *)(matrix.tiles + (int64)own * matrix.words_per_column_tile) + lane * 16;
+        int64 first_scale = (int64)own * matrix.groups * TILE + lane % 16 * 8;
+        ahead.scales = (const char *)((has_zeros && lane >= 16 ? matrix.zeros : matrix.scales) + first_scale);
+        ahead.table = tables + i * entries;
+    };
+    auto read_ahead = [&](uint32 slot) {  // the shared address of its 16 bytes for this lane
+        while (ahead.item < items && ahead.step >= ahead.end) {
+            int slice = ahead.item / groups_of_tiles;
+            ahead.chunk += cut.chunk_steps;
+            if (ahead.chunk < min((slice + 1) * cut.slice_steps, steps)) {
+                share_of(ahead.item, ahead.chunk, ahead.step, ahead.end);
+            } else {
+                ahead.item += item_step;
+                begin_item();
+            }
+        }
+        if (ahead.item < items) {
+            const uint32 *entry = ahead.table + STEP * ahead.step;
+            int first_group = entry[0] >> 16, last_group = entry[STEP - 1] >> 16;
+            if ((has_zeros || lane < 16) && lane / 4 % 4 <= last_group - first_group)
+                copy_async_16(slot, ahead.scales + first_group * (2 * TILE));
+            constexpr int full = STEP * 8 * widest(widths);  // 16-byte vectors of a step of the widest blocks
+            int start = has_one_width ? STEP * widest(widths) * ahead.step : entry[0] & 0xffff;
+            int vectors = full;
+            if (!has_one_width || STEP * (ahead.step + 1) > cut.blocks) vectors = ((entry[STEP] & 0xffff) - start) * 8;
+            const char *source = ahead.words + (int64)start * 128;
+            uint32 words = slot + scale_bytes;
+            if (vectors == full) {
+#pragma unroll
+                for (int v = 0; v < full / 32; v++) copy_async_16(words + v * 512, source + v * 512);
+            } else {
+#pragma unroll
+                for (int v = 0; v < full / 32; v++)
+                    if (32 * v + lane < vectors) copy_async_16(words + v * 512, source + v * 512);
+            }
+            ahead.step++;
+        }
+        copy_async_commit();  // one group a slot, empty or not: the waits below count them
+    };
+    begin_item();
+#pragma unroll 1
+    for (int s = 0; s < slots; s++) read_ahead(ring + lane * 16 + s * slot_size);
+
+    before_x();
+
+    // --- one step ---
+    float sums[m_tiles][2][4], of_group[m_tiles][2][4];  // [m tile][mma a][accumulator register]
+    uint32 x_lane[m_tiles];                              // shared address of what this lane points ldmatrix to
+#pragma unroll
+    for (int i = 0; i < m_tiles; i++) {
+        int r = 8 * i + lane % 8;  // rows beyond count fill columns of the result that nobody stores
+        x_lane[i] = shared_address(staged + (r < rows.count ? r : 0) * stride + lane / 8);
+    }
+
+    struct Block {
+        const uint32 *words;
+        const half *scales;
+        uint32 x;  // added to x_lane
+    };
+    auto multiply_block = [&](auto width, Block block) {
         constexpr int bits = decltype(width)::bits;
-        constexpr int stages = m_tiles > 4 ? (width_count(widths) > 3 ? 1 : 2) : bits <= 4 ? 4 : 3;
-        struct Stage {
-            LaneWords<bits> words;
-            Vector<half, 4> scale, zero;
-        } stage[stages];
-        auto load = [&](Stage &s, int block) {
-            s.words.load(base + (int64)(block - first) * (bits * TILE), lane);
-            int64 group = (int64)matrix.block_group[block] * padded_n + tile_column;
-            s.scale = *(const Vector<half, 4> *)(matrix.scales + group);
-            if constexpr (has_zeros) s.zero = *(const Vector<half, 4> *)(matrix.zeros + group);
-        };
-        auto multiply = [&](const Stage &s, int block) {
-            uint32 a[2][2][4];  // [mma a][step j][register]
+        if constexpr (!(widths >> bits & 1)) return;
+        LaneWords<bits> own;
+        own.load_shared(block.words, lane);
+        uint32 A[2][2][4];  // [mma a][step j][register]
+        [[maybe_unused]] const Vector<half, 4> &zero =
+            *(const Vector<half, 4> *)(block.scales + (has_zeros ? STEP * TILE : 0));
 #pragma unroll
-            for (int c = 0; c < 4; c++) {
-                float zero = 1 << (bits - 1);
-                if constexpr (has_zeros) zero = to_float(s.zero[c]);
-                ZeroPoint<T, bits> point(zero);
+        for (int c = 0; c < 4; c++) {
+            auto decode = [&](auto point) {
 #pragma unroll
-                for (int p = 0; p < 4; p++) a[c / 2][p / 2][c % 2 + p % 2 * 2] = point.values(s.words, 4 * c + p);
-            }
-            float scale[4];
-            for (int c = 0; c < 4; c++) scale[c] = to_float(s.scale[c]);
-#pragma unroll
-            for (int i = 0; i < m_tiles; i++) {
-                uint4 xs = shared[(8 * i + g) * stride + (block - chunk) * 4 + t];
-                uint32 b[2][2] = {{xs.x, xs.y}, {xs.z, xs.w}};
-#pragma unroll
-                for (int h = 0; h < 2; h++) {
-                    float d[4] = {};
-                    mma_16x8x16<T>(d, a[h][0], b[0]);
-                    mma_16x8x16<T>(d, a[h][1], b[1]);
-                    for (int e = 0; e < 4; e++) sums[i][h][e] = fmaf(d[e], scale[2 * h + e / 2], sums[i][h][e]);
-                }
-            }
-        };
-#pragma unroll
-        for (int s = 0; s < stages; s++)
-            if (begin + s < end) load(stage[s], begin + s);
-        for (int block = begin; block < end; block += stages) {
-#pragma unroll
-            for (int s = 0; s < stages; s++) {
-                if (block + s >= end) break;
-                multiply(stage[s], block + s);
-                if (block + s + stages < end) load(stage[s], block + s + stages);
-            }
-        }
-    };
-
-    for (int chunk = slice_begin; chunk < slice_end; chunk += chunk_blocks) {
-        int chunk_end = min(chunk + chunk_blocks, slice_end);
-        if (chunk != slice_begin) __syncthreads();
-        stage_x(chunk, chunk_end);
-        __syncthreads();
-        if (has_tile) {
-            int share = (chunk_end - chunk + warps_k - 1) / warps_k;
-            int begin = chunk + warp_k * share, end = min(begin + share, chunk_end);
-            int first = 0;
-            const uint32 *base = tile_words;
-            auto run_width = [&](auto width, int count) {
-                constexpr int bits = decltype(width)::bits;
-                if constexpr (widths >> bits & 1) {
-                    int from = max(begin, first), to = min(end, first + count);
-                    if (from < to) run(width, from, to, first, base, chunk);
-                    first += count;
-                    base += (int64)count * (bits * TILE);
-                }
+                for (int p = 0; p < 4; p++) A[c / 2][p / 2][c % 2 + p % 2 * 2] = point.values(own, 4 * c + p);
             };
-            run_width(constant<8>(), matrix.width_blocks[0]);
-            run_width(constant<6>(), matrix.width_blocks[1]);
-            run_width(constant<5>(), matrix.width_blocks[2]);
-            run_width(constant<4>(), matrix.width_blocks[3]);
-            run_width(constant<3>(), matrix.width_blocks[4]);
-            run_width(constant<2>(), matrix.width_blocks[5]);
+            if constexpr (has_zeros)
+                decode(ZeroPoint<T, bits>(zero[c]));
+            else
+                decode(FixedZero<T, bits>());
         }
-    }
-
-    // K shares of this block: warps with warp_k > 0 hand their sums over; warp_k = 0 adds them in order.
-    if constexpr (warps_k > 1) {
-        float *handed = (float *)shared;
-        constexpr int values = m_tiles * 8;
-        __syncthreads();
-        if (warp_k > 0)
-            for (int i = 0; i < values; i++)
-                handed[(((warp_k - 1) * values + i) * warps_n + warp_n) * 32 + lane] = sums[i / 8][i / 4 % 2][i % 4];
-        __syncthreads();
-        if (warp_k == 0)
-            for (int w = 0; w < warps_k - 1; w++)
 #pragma unroll
-                for (int i = 0; i < values; i++)
-                    sums[i / 8][i / 4 % 2][i % 4] += handed[((w * values + i) * warps_n + warp_n) * 32 + lane];
-    }
-
-    auto store = [&](int row, int column, Vector<float, 4> v) {  // four columns of one row, with bias, rounded
-        for (int c = 0; c < 4; c++)
-            if (matrix.bias) v[c] += matrix.bias[column + c];
-        int64 at = (int64)row * n + column;
-        if (y_is_float) {
-            for (int c = 0; c < 4; c++) ((float *)y)[at + c] = v[c];
-        } else {
-            for (int c = 0; c < 4; c++) ((T *)y)[at + c] = from_float<T>(v[c]);
+        for (int i = 0; i < m_tiles; i++) {
+            uint32 xs[4];
+            ldmatrix_x4(xs, x_lane[i] + block.x);
+            uint32 b[2][2] = {{xs[0], xs[1]}, {xs[2], xs[3]}};
+#pragma unroll
+            for (int a = 0; a < 2; a++) {
+                mma_16x8x16<T>(of_group[i][a], A[a][0], b[0]);
+                mma_16x8x16<T>(of_group[i][a], A[a][1], b[1]);
+            }
         }
     };
-
-    if (warp_k == 0 && has_tile && tile_column < n) {
+    auto begin_group = [&] {
 #pragma unroll
         for (int i = 0; i < m_tiles; i++)
+            for (int a = 0; a < 2; a++)
+                for (int e = 0; e < 4; e++) of_group[i][a][e] = 0;
+    };
+    auto end_group = [&](const half *scales) {
+        Vector<half, 4> scale = *(const Vector<half, 4> *)scales;
+        float factor[4];
+        for (int c = 0; c < 4; c++) factor[c] = to_float(scale[c]);
 #pragma unroll
-            for (int e = 0; e < 2; e++) {
-                int r = 8 * i + 2 * t + e;
-                if (r >= rows.count) continue;
-                int row = rows.of_y(r);
-                Vector<float, 4> v = {sums[i][0][e], sums[i][0][2 + e], sums[i][1][e], sums[i][1][2 + e]};
-                if (gridDim.y == 1)
-                    store(row, tile_column, v);
-                else
-                    *(Vector<float, 4> *)(partial + ((int64)blockIdx.y * m + row) * padded_n + tile_column) = v;
+        for (int i = 0; i < m_tiles; i++)
+            for (int a = 0; a < 2; a++)
+                for (int e = 0; e < 4; e++)
+                    sums[i][a][e] = fmaf(of_group[i][a][e], factor[2 * a + e / 2], sums[i][a][e]);
+    };
+    // Blocks of a step beyond the last of the matrix meet zeros of x.
+    auto multiply_step = [&](int slot, const uint32 *table, int step, int chunk) {
+        const char *at = (const char *)shared + warp * slots * slot_size + slot * slot_size;
+        const uint32 *entry = table + STEP * step;
+        Block block = {
+            (const uint32 *)(at + scale_bytes), (const half *)at + 4 * g, uint32(step - chunk) * (STEP * 2 * TILE)};
+        uint32 first = entry[0], last = entry[STEP - 1];
+        auto of_width = [&](uint32 entry, uint32 next, auto f) {
+            if constexpr (has_one_width)
+                f(constant<widest(widths)>());
+            else
+                with_width((next & 0xffff) - (entry & 0xffff), f);
+        };
+        if (first >> 16 == last >> 16) {  // one group, so one width
+            of_width(first, entry[1], [&](auto width) {
+                begin_group();
+#pragma unroll(m_tiles <= 2 ? STEP : 1)
+                for (int s = 0; s < STEP; s++) {
+                    multiply_block(width, block);
+                    block.words += decltype(width)::bits * TILE;
+                    block.x += 2 * TILE;
+                }
+                end_group(block.scales);
+            });
+        } else {
+#pragma unroll(has_one_width &&m_tiles <= 2 ? 2 : 1)
+            for (int s = 0; s < STEP; s++) {
+                uint32 this_entry = entry[s];
+                of_width(this_entry, entry[s + 1], [&](auto width) {
+                    begin_group();
+                    Block own = block;
+                    own.scales += ((this_entry >> 16) - (first >> 16)) * TILE;
+                    multiply_block(width, own);
+                    end_group(own.scales);
+                    block.words += decltype(width)::bits * TILE;
+                });
+                block.x += 2 * TILE;
             }
-    }
-    if (gridDim.y == 1) return;
-
-    // The last slice to arrive adds all of them, in slice order.
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) is_last = atomicAdd(arrived, 1u) == gridDim.y - 1;
-    __syncthreads();
-    if (!is_last) return;
-    __threadfence();
-    int columns_here = min(warps_n * TILE, n - column_block * warps_n * TILE);
-    for (int i = threadIdx.x; i < rows.count * (columns_here / 4); i += threads) {
-        int row = rows.of_y(i / (columns_here / 4)),
-            column = column_block * warps_n * TILE + i % (columns_here / 4) * 4;
-        Vector<float, 4> total = {};
-        for (int slice = 0; slice < gridDim.y; slice++) {
-            float4 v = __ldcg((const float4 *)(partial + ((int64)slice * m + row) * padded_n + column));
-            total[0] += v.x, total[1] += v.y, total[2] += v.z, total[3] += v.w;
         }
-        store(row, column, total);
+    };
+
+    // --- results ---
+    auto finish = [&](int r, int tile, int c, Vector<float, 4> v, Vector<float, 4> up) {  // four columns of one row
+        int i = matrix_of(tile), column = own_tile(tile, i) * TILE + c;
+        const Matrix &matrix = matrices[i];
+        if (column >= matrix.n) return;
+        int64 at = (int64)rows.of_y(r) * out.y_stride + matrix.first_column + column;
+        for (int e = 0; e < 4; e++) {
+            if (matrix.bias) v[e] += matrix.bias[column + e];
+            if constexpr (is_gated) {
+                if (matrices[1].bias) up[e] += matrices[1].bias[column + e];
+                v[e] = activation<gate>(v[e]) * up[e];
+            }
+            if (out.is_float) {
+                if (out.residual) v[e] += ((const float *)out.residual)[at + e];
+                ((float *)out.y)[at + e] = v[e];
+            } else {
+                if (out.residual) v[e] += to_float(((const T *)out.residual)[at + e]);
+                ((T *)out.y)[at + e] = from_float<T>(v[e]);
+            }
+        }
+    };
+    int padded_n = cut.column_tiles * TILE;
+    auto partial_at = [&](int slice, int r, int tile, int c) {
+        return (float4 *)(out.partial + ((int64)slice * out.m + rows.of_y(r)) * padded_n + tile * TILE + c);
+    };
+    // Calls f(row, tile, column) for the vectors of four columns this thread finishes; of a gated product, those of the gate.
+    auto each_vector = [&](int first_tile, auto f) {
+        constexpr int tile_step = is_gated ? 2 : 1;
+        for (int i = threadIdx.x; i < warps_n / tile_step * rows.count * (TILE / 4); i += threads) {
+            int c = i % (TILE / 4) * 4, r = i / (TILE / 4) % rows.count, n = i / (TILE / 4) / rows.count * tile_step;
+            if (first_tile + n < cut.column_tiles) f(r, n, c);
+        }
+    };
+
+    int slot = 0, staged_chunk = -1;
+    for (int item = first_item; item < items; item += item_step) {
+        int slice = item / groups_of_tiles, first_tile = item % groups_of_tiles * warps_n;
+        int tile = min(first_tile + warp_n, cut.column_tiles - 1);
+        const uint32 *table = tables + matrix_of(tile) * entries;
+#pragma unroll
+        for (int i = 0; i < m_tiles; i++)
+            for (int a = 0; a < 2; a++)
+                for (int e = 0; e < 4; e++) sums[i][a][e] = 0;
+
+        int slice_end = min((slice + 1) * cut.slice_steps, steps);
+        for (int chunk = slice * cut.slice_steps; chunk < slice_end; chunk += cut.chunk_steps) {
+            int step, end;
+            share_of(item, chunk, step, end);
+            if (chunk != staged_chunk) {
+                if (staged_chunk >= 0) meet();
+                int vectors = (end - step) * (STEP * TILE / 8);  // 16-byte ones of a row; zeros beyond the last block
+                int valid = (cut.blocks - step * STEP) * (TILE / 8);
+                for (int i = 32 * warp_n + lane; i < rows.count * vectors; i += 32 * warps_n) {
+                    int r = i / vectors, c = i % vectors;
+                    const T *source = x + (int64)rows.of_x(r) * x_stride + step * (STEP * TILE) + c * 8;
+                    copy_async_16(
+                        staged + r * stride + (step - chunk) * (STEP * TILE / 8) + c, c < valid ? source : x,
+                        c < valid);
+                }
+                copy_async_commit();
+                copy_async_wait<0>();
+                meet();
+                staged_chunk = chunk;
+            }
+            if (!has_tile(item)) end = step;
+            for (; step < end; step++) {
+                copy_async_wait<slots - 1>();
+                __syncwarp();
+                multiply_step(slot, table, step, chunk);
+                __syncwarp();
+                read_ahead(ring + lane * 16 + slot * slot_size);
+                slot = slot + 1 == slots ? 0 : slot + 1;
+            }
+        }
+
+        if constexpr (is_direct) {
+            if (first_tile + warp_n < cut.column_tiles) {
+#pragma unroll
+                for (int i = 0; i < m_tiles; i++)
+#pragma unroll
+                    for (int e = 0; e < 2; e++) {
+                        int r = 8 * i + 2 * t + e;
+                        if (r >= rows.count) continue;
+                        Vector<float, 4> v = {sums[i][0][e], sums[i][0][2 + e], sums[i][1][e], sums[i][1][2 + e]};
+                        if (cut.slices == 1)
+                            finish(r, tile, 4 * g, v, v);
+                        else
+                            *partial_at(slice, r, tile, 4 * g) = make_float4(v[0], v[1], v[2], v[3]);
+                    }
+            }
+        } else {  // the warps' shares of K are added in order
+            float *own = handed + warp * cut.staged_rows * HANDED_STRIDE + 4 * g;
+#pragma unroll
+            for (int i = 0; i < m_tiles; i++)
+#pragma unroll
+                for (int e = 0; e < 2; e++) {
+                    int r = 8 * i + 2 * t + e;
+                    if (r < rows.count)
+                        *(float4 *)(own + r * HANDED_STRIDE) =
+                            make_float4(sums[i][0][e], sums[i][0][2 + e], sums[i][1][e], sums[i][1][2 + e]);
+                }
+            __syncthreads();
+            each_vector(first_tile, [&](int r, int n, int c) {
+                auto total = [&](int n) {
+                    Vector<float, 4> v = {};
+#pragma unroll
+                    for (int k = 0; k < warps_k; k++) {
+                        float4 w =
+                            *(const float4 *)(handed + ((k * warps_n + n) * cut.staged_rows + r) * HANDED_STRIDE + c);
+                        v[0] += w.x, v[1] += w.y, v[2] += w.z, v[3] += w.w;
+                    }
+                    return v;
+                };
+                Vector<float, 4> v = total(n), up = v;
+                if constexpr (is_gated) up = total(n + 1);
+                if (cut.slices == 1) {
+                    finish(r, first_tile + n, c, v, up);
+                } else {
+                    *partial_at(slice, r, first_tile + n, c) = make_float4(v[0], v[1], v[2], v[3]);
+                    if constexpr (is_gated)
+                        *partial_at(slice, r, first_tile + n + 1, c) = make_float4(up[0], up[1], up[2], up[3]);
+                }
+            });
+            if (cut.slices == 1 && item + item_step < items) __syncthreads();  // before sums are handed over anew
+        }
+
+        if (cut.slices > 1) {  // the last slice to arrive adds all of them, in slice order
+            uint32 *arrived = out.arrived + item % groups_of_tiles;
+            __threadfence();
+            __syncthreads();
+            if (threadIdx.x == 0) is_last = atomicAdd(arrived, 1u) == cut.slices - 1;
+            __syncthreads();
+            if (is_last) {
+                __threadfence();
+                each_vector(first_tile, [&](int r, int n, int c) {
+                    auto total = [&](int n) {
+                        Vector<float, 4> v = {};
+                        for (int s = 0; s < cut.slices; s++) {
+                            float4 w = __ldcg(partial_at(s, r, first_tile + n, c));
+                            v[0] += w.x, v[1] += w.y, v[2] += w.z, v[3] += w.w;
+                        }
+                        return v;
+                    };
+                    Vector<float, 4> v = total(n), up = v;
+                    if constexpr (is_gated) up = total(n + 1);
+                    finish(r, first_tile + n, c, v, up);
+                });
+                if (threadIdx.x == 0) *arrived = 0;
+            }
+            __syncthreads();  // is_last has been read
+        }
     }
-    if (threadIdx.x == 0) *arrived = 0;
 }

@@ -5,11 +5,11 @@
 //
 // Work split  one block per token; a thread takes `vector` pairs of one head as two accesses of `vector` values (NeoX: one
 //             in each half, GPT-J: adjacent), or `vector` copied columns.
-// Numerics    fp32, one rounding at the store.
+// Numerics    fp32, one product rounded and one fused multiply-add, one rounding at the store.
 // Limits      none on batch * seq (grid x); y may be x.
 // Traffic     tokens * heads * head_dim * 2 * sizeof(T) + 2 * tokens * pairs * sizeof(S) bytes
 // Reference   cupyq/ops/rope.py: rope_reference
-#include "types.cuh"
+#include "rope.cuh"
 
 template <typename T, typename S, bool is_neox, int vector>
 __global__ void __launch_bounds__(256) rope(
@@ -19,6 +19,8 @@ __global__ void __launch_bounds__(256) rope(
     const int *positions,  // [batch, seq] where is_per_token, else [batch]: of each row's first token
     T *y,                  // [batch, seq, heads, head_dim]
     int seq, int heads, int head_dim, int pairs, int table_len, int is_per_token) {
+    let_next_kernel_start();
+    wait_for_previous_kernel();
     int64 position = is_per_token ? positions[blockIdx.x] : (int64)positions[blockIdx.x / seq] + blockIdx.x % seq;
     bool is_inside = position >= 0 && position < table_len;
     const S *sin_row = sin + position * pairs, *cos_row = cos + position * pairs;
@@ -27,30 +29,9 @@ __global__ void __launch_bounds__(256) rope(
     for (int item = threadIdx.x; item < heads * items; item += blockDim.x) {
         int64 head = ((int64)blockIdx.x * heads + item / items) * head_dim;
         int j = item % items * vector;
-        if (j < pairs) {
-            int at[2] = {is_neox ? j : 2 * j, is_neox ? j + pairs : 2 * j + vector};
-            Vector<T, vector> values[2];
-            for (int h = 0; h < 2; h++) values[h] = *(const Vector<T, vector> *)(x + head + at[h]);
-            Vector<S, vector> sines, cosines;
-            if (is_inside) {
-                sines = *(const Vector<S, vector> *)(sin_row + j);
-                cosines = *(const Vector<S, vector> *)(cos_row + j);
-            }
-            for (int i = 0; i < vector; i++) {
-                T &p = is_neox ? values[0][i] : values[2 * i / vector][2 * i % vector];
-                T &q = is_neox ? values[1][i] : values[(2 * i + 1) / vector][(2 * i + 1) % vector];
-                float s = is_inside ? to_float(sines[i]) : nan_float();
-                float c = is_inside ? to_float(cosines[i]) : nan_float();
-                float p_float = to_float(p), q_float = to_float(q);
-                p = from_float<T>(p_float * c - q_float * s);
-                q = from_float<T>(q_float * c + p_float * s);
-            }
-            for (int h = 0; h < 2; h++) *(Vector<T, vector> *)(y + head + at[h]) = values[h];
-        } else if (x != y || !is_inside) {
-            auto values = *(const Vector<T, vector> *)(x + head + pairs + j);
-            if (!is_inside)
-                for (int i = 0; i < vector; i++) values[i] = from_float<T>(nan_float());
-            *(Vector<T, vector> *)(y + head + pairs + j) = values;
-        }
+        if (j < pairs)
+            rotate_pairs<T, S, is_neox, vector>(x + head, y + head, sin_row, cos_row, j, pairs, is_inside);
+        else if (x != y || !is_inside)
+            copy_columns<T, vector>(x + head + pairs + j, y + head + pairs + j, is_inside);
     }
 }

@@ -8,6 +8,7 @@
 // Limits      top_k <= experts <= 32 * slots, slots <= 32 (one bit each); none on rows (grid x).
 // Traffic     rows * (experts * sizeof(X) + top_k * 8) bytes
 // Reference   cupyq/ops/routing.py: route_reference
+#include "ptx.cuh"
 #include "reduce.cuh"
 
 template <typename X, int slots>
@@ -16,6 +17,8 @@ __global__ void __launch_bounds__(256) route(
     float *weights,   // [rows, top_k]
     int *chosen,      // [rows, top_k]
     int rows, int experts, int top_k, bool renormalize) {
+    let_next_kernel_start();
+    wait_for_previous_kernel();
     int64 row = (int64)blockIdx.x * 8 + threadIdx.x / 32;
     int lane = threadIdx.x % 32;
     if (row >= rows) return;  // whole warps leave: the shuffles below stay complete

@@ -101,11 +101,11 @@ struct Crossing {
 };
 
 // What a pass adds up to find a token.
-enum Quantity { weight_of_token, is_of_rank, weight_of_deviation };
+enum Quantity { weight_of_token, weight_up_to, is_of_rank, weight_of_deviation };
 
 // What a stage asks for. First a selection: where a cumulative count or mass of kept tokens, along the order or by
-// deviation, reaches `want`; then a token: the first, by id, at which the sum of a quantity exceeds `number` (of weights:
-// that part of 2^64 of the sum).
+// deviation, reaches `want`; then a token: the first, by id, at which the sum of a quantity exceeds `number` (for
+// weight_of_token that part of 2^64 of the sum).
 struct Plan {
     bool selects, is_by_mass, is_by_deviation, locates;
     uint64 want;

@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 
-from cupyq._arrays import check, first_line, float32, is_cupy
+from cupyq._arrays import check, first_line, float32, gpu_of, is_cupy
 from cupyq.ext._arrays import entry, integer, is_array, number
 from cupyq.ext._candidates import candidates, sort_first
 
@@ -343,7 +343,7 @@ def _strided(array, name):
         return array
     if not is_array(array):
         raise TypeError(f"{name} must be an array, got {type(array).__name__}")
-    if array.__dlpack_device__()[0] not in (1, 3):  # DLPack: host memory, page-locked host memory
+    if gpu_of(array) is not None:
         raise TypeError(f"{name} is on a GPU, and this function works on the CPU: pass {name}.get() or {name}.cpu()")
     try:
         return np.from_dlpack(array)

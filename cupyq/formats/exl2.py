@@ -32,6 +32,7 @@ MAX_ROWS = 65536  # the permutation is unsigned 16-bit wherever it is used
 
 _WORD_DTYPES = (np.int32, np.uint32)
 _PERM_DTYPES = (np.int16, np.uint16, np.int32, np.uint32)
+_IS_WIDTH = np.isin(np.arange(max(WIDTHS) + 2), WIDTHS)
 
 
 @dataclass(frozen=True)
@@ -84,24 +85,26 @@ def exl2_layout(q_groups: np.ndarray, q_weight_rows: int, n: int, name: str = ""
             group = int(np.argmax(bad))
             raise FormatError(f"{where}: group {group} has {what} {values[group]}, expected {expected}")
 
-    refuse(~np.isin(bits, WIDTHS), "bit width", bits, "2, 3, 4, 5, 6 or 8")
-    refuse(np.diff(bits, prepend=bits[0]) > 0, "bit width", bits, "widths that never increase; convert the model again")
+    # Slices, not np.diff and np.isin: a model has hundreds of layers, and these take five times as long on such short tables.
+    refuse(~_IS_WIDTH[np.minimum(bits, len(_IS_WIDTH) - 1)], "bit width", bits, "2, 3, 4, 5, 6 or 8")
+    previous = bits[np.maximum(np.arange(len(bits)) - 1, 0)]
+    refuse(bits > previous, "bit width", bits, "widths that never increase; convert the model again")
     if first_word[0] != 0:
         raise FormatError(f"{where}: group 0 starts at row {first_word[0]} of q_weight, expected 0")
-    words = np.diff(first_word, append=q_weight_rows)
+    words = np.append(first_word[1:], q_weight_rows) - first_word
     refuse(words <= 0, "a q_weight row count of", words, f"first rows that rise and stay below {q_weight_rows}")
     refuse(words % bits != 0, "a q_weight row count of", words, "a multiple of its bit width, as 32 rows make a block")
     rows = words * 32 // bits
-    k = int(rows.sum())
+    end_row = np.cumsum(rows)
+    k = int(end_row[-1])
     if k > MAX_ROWS:
         raise FormatError(f"{where}: the groups hold {k} rows, expected at most {MAX_ROWS}, a 16-bit permutation")
-    first_row = np.cumsum(rows) - rows
+    first_row = end_row - rows
 
-    starts = np.flatnonzero(np.diff(bits, prepend=-1))
-    ends = np.append(starts[1:], len(bits))
+    starts = [0, *np.flatnonzero(bits != previous).tolist(), len(bits)]
     segments = tuple(
-        Exl2Segment(int(bits[a]), int(first_row[a]), int(rows[a:b].sum()), int(first_word[a]))
-        for a, b in zip(starts, ends, strict=True)
+        Exl2Segment(int(bits[a]), int(first_row[a]), int(end_row[b - 1] - first_row[a]), int(first_word[a]))
+        for a, b in zip(starts, starts[1:], strict=False)
     )
     bits, rows, first_row, first_word = (frozen(a.astype(np.int32)) for a in (bits, rows, first_row, first_word))
     return Exl2Layout(k, int(n), bits, rows, first_row, first_word, segments)
@@ -151,9 +154,8 @@ def _permutation(tensors: Mapping[str, Any], short: str, name: str, k: int) -> n
     if values.dtype == np.int16:
         values = values.view(np.uint16)
     values = values.astype(np.int64)
-    outside = (values < 0) | (values >= k)
-    if outside.any():
-        row = int(np.argmax(outside))
+    if values.min() < 0 or values.max() >= k:
+        row = int(np.argmax((values < 0) | (values >= k)))
         raise FormatError(f"{label(name, short)}: entry {row} is {values[row]}, expected 0 to {k - 1}")
     counts = np.bincount(values, minlength=k)
     if (counts != 1).any():

@@ -92,7 +92,9 @@ def validate_gptq(
         row_group = np.arange(k, dtype=np.int32) // np.int32(size)
     perm = None
     if (np.diff(row_group) < 0).any():
-        perm = frozen(np.argsort(row_group, kind="stable").astype(np.int32))
+        # NumPy sorts 16-bit integers by radix, in a fifth of the time.
+        keys = row_group.astype(np.uint16) if group_count <= 1 << 16 else row_group
+        perm = frozen(np.argsort(keys, kind="stable").astype(np.int32))
     group_rows = np.bincount(row_group, minlength=group_count).astype(np.int32)
     return GptqLayout(k, n, found_bits, group_count, frozen(row_group), frozen(group_rows), perm)
 

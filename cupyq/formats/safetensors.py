@@ -70,7 +70,7 @@ class TensorInfo(NamedTuple):
 class SafetensorsFile:
     """One open safetensors file; a context manager.
 
-    `names` in header order, `metadata` (str -> str), `info(name)`, `array(name)`, `read_into(name, buffer)`.
+    `names` in header order, `metadata` (str -> str), `info(name)`, `array(name)`, `read_into(name, buffer)`, `read_piece`.
     Arrays stay valid after `close()`: they hold the map.
     """
 
@@ -145,31 +145,45 @@ class SafetensorsFile:
         Reads go straight to the buffer (pinned memory, for instance) in pieces of 8 MiB on `threads` threads.
         """
         info = self.info(name)
-        data = self._open_map()
         target = _writable_bytes(buffer)
         if target.nbytes != info.nbytes:
             raise ValueError(f"buffer: {target.nbytes} bytes, expected {info.nbytes}, the size of tensor {_show(name)}")
         if threads < 1:
             raise ValueError(f"threads: {threads}, expected 1 or more")
-        pieces = range(0, info.nbytes, _PIECE_BYTES)
 
         def read(begin: int) -> None:
-            end = min(begin + _PIECE_BYTES, info.nbytes)
-            if not hasattr(os, "preadv"):  # Windows
-                target[begin:end] = np.frombuffer(data, np.uint8, end - begin, info.start + begin)
-            while hasattr(os, "preadv") and begin < end:
-                count = os.preadv(self._file.fileno(), [target[begin:end].data], info.start + begin)
-                if count <= 0:
-                    self._refuse(f"ends {end - begin} bytes early; {_DAMAGED}", name)
-                begin += count
+            self.read_piece(name, begin, target[begin : begin + _PIECE_BYTES])
 
+        pieces = range(0, info.nbytes, _PIECE_BYTES)
+        if len(pieces) < 2 or threads == 1:
+            for begin in pieces:
+                read(begin)
+        else:
+            with ThreadPoolExecutor(threads) as pool:
+                list(pool.map(read, pieces))
+
+    def read_piece(self, name: str, begin: int, buffer: Any) -> None:
+        """Fill `buffer`, writable and C-contiguous, with the bytes of a tensor from its byte `begin` on, on this thread.
+
+        Where the system can, by a call that needs no page faults and reports, as a FormatError, what a memory map answers
+        with a signal: a file cut short meanwhile, a medium that fails.
+        """
+        info, data, target = self.info(name), self._open_map(), _writable_bytes(buffer)
+        if not 0 <= begin <= begin + target.nbytes <= info.nbytes:
+            raise ValueError(
+                f"begin: {begin} and {target.nbytes} bytes of buffer, expected a piece of the {info.nbytes} bytes of "
+                f"tensor {_show(name)}"
+            )
+        done = 0
+        if not hasattr(os, "preadv"):  # Windows
+            target[...] = np.frombuffer(data, np.uint8, target.nbytes, info.start + begin)
+            done = target.nbytes
         try:
-            if len(pieces) < 2 or threads == 1:
-                for begin in pieces:
-                    read(begin)
-            else:
-                with ThreadPoolExecutor(threads) as pool:
-                    list(pool.map(read, pieces))
+            while done < target.nbytes:
+                count = os.preadv(self._file.fileno(), [target[done:].data], info.start + begin + done)
+                if count <= 0:
+                    self._refuse(f"ends {target.nbytes - done} bytes early; {_DAMAGED}", name)
+                done += count
         except OSError as error:
             raise FormatError(f"{self.path}: tensor {_show(name)}: cannot be read ({error.strerror})") from error
 
@@ -357,6 +371,10 @@ class Checkpoint:
     def read_into(self, name: str, buffer: Any, threads: int = 4) -> None:
         """See `SafetensorsFile.read_into`."""
         self.file(name).read_into(name, buffer, threads)
+
+    def read_piece(self, name: str, begin: int, buffer: Any) -> None:
+        """See `SafetensorsFile.read_piece`."""
+        self.file(name).read_piece(name, begin, buffer)
 
     def total_bytes(self, names: Iterable[str]) -> int:
         """Sum of the sizes of the named tensors, for a progress bar."""

@@ -2,8 +2,8 @@
 
 from cupyq.generate.generator import Result, generate
 from cupyq.generate.perplexity import Perplexity, perplexity
-from cupyq.generate.sampler import SamplerSettings
 from cupyq.generate.text import StreamDecoder, encode, load_tokenizer
+from cupyq.models.sampler import SamplerSettings
 
 __all__ = [
     "Perplexity",

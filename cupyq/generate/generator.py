@@ -1,14 +1,15 @@
 """Tokens from a model, one after the other."""
 
+import contextlib
 import secrets
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from cupyq.generate.sampler import MAX_SEED, Sampler, SamplerSettings
+from cupyq.models.sampler import MAX_SEED, Sampler, SamplerSettings
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,9 @@ class Result:
         return _rate(self.steps - 1, self.decode_seconds)
 
 
+Tokens = Generator[int, None, None]
+
+
 def _rate(count: int, seconds: float) -> float | None:
     return count / seconds if count > 0 and seconds > 0 else None
 
@@ -55,8 +59,9 @@ def generate(
     """Continue `prompt_ids` by up to `max_new_tokens` tokens.
 
     The whole prompt passes the model once; then every drawn token is fed back with the cache. A token of `stop_ids` ends the
-    generation. `adapters` are the LoRA adapters to use, as `Model.forward` takes them. `on_token(token)` is called for each
-    new token as soon as it is known. The same model, prompt, adapters, settings and seed give the same tokens.
+    generation; on a GPU up to two further ones have been drawn by then, and are dropped. `adapters` are the LoRA adapters to
+    use, as `Model.forward` takes them. `on_token(token)` is called for each new token as soon as it is known. The same model,
+    prompt, adapters, settings and seed give the same tokens.
     ValueError / TypeError for an empty prompt, ids outside the vocabulary, and a prompt and max_new_tokens that do not fit
     the model's context together.
     """
@@ -80,26 +85,44 @@ def generate(
     step = 0
 
     start = time.perf_counter()
-    sampler = Sampler(settings, model.xp, model.config.vocab_size, prompt, len(prompt) + max_new_tokens, seed)
-    cache = model.new_cache(batch=1, capacity=needed)
-    ids = model.xp.asarray(np.array([prompt], np.int32))
     first = last = start
-    chosen = {} if adapters is None else {"adapters": adapters}  # models without adapters need not know of them
-    for step in range(max_new_tokens):
-        logits = model.forward(ids, cache, last_only=True, **chosen)[:, -1]
-        ids = sampler.draw(model.xp.ascontiguousarray(logits), step)[:, None]
-        token = int(ids[0, 0])  # the one place where a GPU is waited for
-        if token < 0:
-            raise ValueError(f"the model's logits at position {len(prompt) + step - 1} are not finite: its weights are damaged")
-        last = time.perf_counter()
-        first = last if step == 0 else first
-        if token in stop:
-            stopped_by = token
-            break
-        tokens.append(token)
-        if on_token is not None:
-            on_token(token)
+    drawn = (_forwarded if model.xp is np else _decoded)(model, prompt, max_new_tokens, settings, seed, adapters)
+    with contextlib.closing(drawn):
+        for step, token in enumerate(drawn):
+            if token < 0:
+                position = len(prompt) + step - 1
+                raise ValueError(f"the model's logits at position {position} are not finite: its weights are damaged")
+            last = time.perf_counter()
+            first = last if step == 0 else first
+            if token in stop:
+                stopped_by = token
+                break
+            tokens.append(token)
+            if on_token is not None:
+                on_token(token)
     return Result(tokens, prompt, stopped_by, seed, first - start, last - first, step + 1)
+
+
+def _forwarded(model: Any, prompt: list[int], count: int, settings: SamplerSettings, seed: int, adapters: Any) -> Tokens:
+    """`count` tokens, each drawn when it is asked for."""
+    sampler = Sampler(settings, model.xp, model.config.vocab_size, capacity=len(prompt) + count, seed=seed)
+    sampler.start([prompt])
+    cache = model.new_cache(batch=1, capacity=len(prompt) + count - 1)
+    ids = model.xp.asarray(np.array([prompt], np.int32))
+    chosen = {} if adapters is None else {"adapters": adapters}  # models without adapters need not know of them
+    for _ in range(count):
+        logits = model.forward(ids, cache, last_only=True, **chosen)[:, -1]
+        ids = sampler.draw(model.xp.ascontiguousarray(logits))[:, None]
+        yield int(ids[0, 0])
+
+
+def _decoded(model: Any, prompt: list[int], count: int, settings: SamplerSettings, seed: int, adapters: Any) -> Tokens:
+    """`count` tokens of a Decoder, which draws ahead while one is looked at."""
+    decoder = model.decoder(max_len=len(prompt) + count - 1, settings=settings, seed=seed, adapters=adapters)
+    decoder.start([prompt])
+    with contextlib.closing(decoder.stream(count)) as drawn:
+        for tokens in drawn:
+            yield int(tokens[0])
 
 
 def check_ids(ids: Sequence[int] | np.ndarray, vocab_size: int, name: str) -> list[int]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cupyq.errors import FormatError
-from cupyq.generate.sampler import SamplerSettings
+from cupyq.models.sampler import SamplerSettings
 
 _REPLACEMENT = "\ufffd"  # what decoders put in place of bytes that are no complete UTF-8 character
 

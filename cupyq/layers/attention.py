@@ -3,8 +3,11 @@
 from dataclasses import dataclass
 from typing import Any
 
+from cupyq.layers.joined import JoinedLinear, matrices_of, order_of
 from cupyq.ops.attention import attention
 from cupyq.ops.kv_append import kv_append
+from cupyq.ops.qkv_append import qkv_append
+from cupyq.ops.qmatmul import qmatmul
 from cupyq.ops.rope import rope
 
 
@@ -24,6 +27,10 @@ class Step:
     max_kv_length: int | None = None
     adapters: Any = None
     """The LoRA adapters of each request, a Selection, or None."""
+    workspace: Any = None
+    """float32, zero when first used, of `qmatmul_workspace_size` for the largest product; None: each allocates its own."""
+    attention_workspace: Any = None
+    """float32, zero when first used, of `attention_workspace_size`, or None."""
 
 
 class Attention:
@@ -32,6 +39,8 @@ class Attention:
     q, k, v, o are Linear layers; q_norm and k_norm are HeadNorms or None; `window`: how many positions a query sees, its
     own included, or None; `rope_style`: "neox", "gptj" or None for no rotation. Where step's tables are narrower than
     half of head_dim, the first columns of each head turn and the others stay.
+    Quantized q, k and v are one product where there is a cache, and what follows it, RMSNorms of heads, rotation and
+    appending, one launch.
     """
 
     def __init__(
@@ -55,14 +64,23 @@ class Attention:
         self.q, self.k, self.v, self.o = q, k, v, o
         self.layer, self.head_dim, self.scale, self.window, self.softcap = layer, head_dim, scale, window, softcap
         self.q_norm, self.k_norm, self.rope_style = q_norm, k_norm, rope_style
+        self._joined = JoinedLinear(q, k, v)
 
-    def __call__(self, x, step):
-        """x [batch, seq, hidden] -> the same shape. Writes this layer's part of step.cache, if there is one."""
-        q, k, v = self.project(x, step)
-        if step.cache is not None:
-            k_cache, v_cache = step.cache.k[self.layer], step.cache.v[self.layer]
-            kv_append(k, v, k_cache, v_cache, step.positions)
-            k, v = k_cache, v_cache
+    def __call__(self, x, step, *, residual=None, is_ordered=False):
+        """x [batch, seq, hidden] -> the same shape; or, with a residual, into it what is added to it.
+
+        Writes this layer's part of step.cache, if there is one. is_ordered: the columns of x are in the order that
+        `input_order` gave.
+        """
+        joined = self._fused(step)
+        if joined is not None:
+            q, k, v = self._project_and_append(x, step, joined, is_ordered)
+        else:
+            q, k, v = self.project(x, step)
+            if step.cache is not None:
+                k_cache, v_cache = step.cache.k[self.layer], step.cache.v[self.layer]
+                kv_append(k, v, k_cache, v_cache, step.positions)
+                k, v = k_cache, v_cache
         mixed = attention(
             q,
             k,
@@ -72,8 +90,36 @@ class Attention:
             softcap=self.softcap,
             kv_lengths=step.kv_lengths,
             max_kv_length=step.max_kv_length,
+            workspace=step.attention_workspace,
         )
-        return self.output(mixed, step)
+        return self.output(mixed, step, residual)
+
+    def _fused(self, step):
+        """q, k and v as one matrix where one product and one launch more can do `project` and the appending, else None."""
+        norms = [norm for norm in (self.q_norm, self.k_norm) if norm is not None]
+        is_known = all(norm.kind == "rms" and norm.bias is None for norm in norms)
+        is_alike = len({(norm.eps, norm.weight.dtype) for norm in norms}) <= 1
+        if step.cache is None or not (is_known and is_alike):
+            return None
+        return self._joined.matrix_for((self.q, self.k, self.v), step.adapters)
+
+    def input_order(self, rows, step):
+        """The order in which a norm had best write so many rows of x; None: its own. See `QMatrix.order`."""
+        return order_of(self._fused(step), rows)
+
+    def _project_and_append(self, x, step, joined, is_ordered):
+        self._check_tables(step)
+        k_cache, v_cache = step.cache.k[self.layer], step.cache.v[self.layer]
+        norms = {name: norm.weight for name in ("q_norm", "k_norm") if (norm := getattr(self, name)) is not None}
+        if norms:
+            norms["eps"] = (self.q_norm or self.k_norm).eps
+        tables = (None, None) if self.rope_style is None else (step.sin, step.cos)
+        qkv = qmatmul(x, joined, is_ordered=is_ordered, workspace=step.workspace)
+        q = qkv_append(
+            qkv, k_cache, v_cache, *tables, step.positions,
+            heads=self.q.n // self.head_dim, style=self.rope_style, **norms,
+        )  # fmt: skip
+        return q, k_cache, v_cache
 
     def project(self, x, step):
         """q [batch, seq, heads, head_dim] and k, v [batch, seq, kv_heads, head_dim] of x [batch, seq, hidden].
@@ -82,7 +128,7 @@ class Attention:
         """
         batch, seq, _ = x.shape
         q, k, v = (
-            projection(x, adapters=step.adapters).reshape(batch, seq, -1, self.head_dim)
+            projection(x, adapters=step.adapters, workspace=step.workspace).reshape(batch, seq, -1, self.head_dim)
             for projection in (self.q, self.k, self.v)
         )
         if self.q_norm is not None:
@@ -90,16 +136,24 @@ class Attention:
         if self.k_norm is not None:
             k = self.k_norm(k)
         if self.rope_style is not None:
-            if step.sin is None:
-                raise ValueError(f"step.sin is None, but layer {self.layer} rotates: pass tables, as rope_tables makes them")
+            self._check_tables(step)
             q = rope(q, step.sin, step.cos, step.positions, style=self.rope_style, out=q)
             k = rope(k, step.sin, step.cos, step.positions, style=self.rope_style, out=k)
         return q, k, v
 
-    def output(self, mixed, step):
-        """[batch, seq, hidden] of attention's result, [batch, seq, heads, head_dim]."""
+    def _check_tables(self, step):
+        if self.rope_style is not None and step.sin is None:
+            raise ValueError(f"step.sin is None, but layer {self.layer} rotates: pass tables, as rope_tables makes them")
+
+    def output(self, mixed, step, residual=None):
+        """[batch, seq, hidden] of attention's result, [batch, seq, heads, head_dim]; or, with a residual, into it."""
         batch, seq = mixed.shape[:2]
-        return self.o(mixed.reshape(batch, seq, -1), adapters=step.adapters)
+        mixed = mixed.reshape(batch, seq, -1)
+        return self.o(mixed, adapters=step.adapters, residual=residual, out=residual, workspace=step.workspace)
 
     def linears(self):
         return [self.q, self.k, self.v, self.o]
+
+    def matrices(self):
+        """Quantized matrices of its products, joined ones included."""
+        return matrices_of(self.linears(), self._joined)

@@ -1,5 +1,7 @@
 """Keys and values of the tokens seen so far."""
 
+import copy
+
 import numpy as np
 
 
@@ -8,22 +10,31 @@ class KVCache:
 
     All rows of a batch have the same length. What a step needs on the device (where its tokens go, how many keys there
     are) is a row of a table made once, so that a step copies nothing from the host and waits for nothing.
+    workspaces: those of a `Step` by their names, kept here as both belong to one stream of work.
     """
 
-    def __init__(self, xp, *, batch, capacity, layers, kv_heads, head_dim, dtype):
+    def __init__(self, xp, *, batch, capacity, layers, kv_heads, head_dim, dtype, workspaces=None):
         for name, value in {"batch": batch, "capacity": capacity}.items():
             if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
                 raise TypeError(f"{name} must be a whole number, got {type(value).__name__}")
             if value < 1:
                 raise ValueError(f"{name} must be 1 or more, got {value}")
         self.xp, self.batch, self.capacity = xp, int(batch), int(capacity)
-        shape = (self.batch, self.capacity, kv_heads, head_dim)
-        self.k = [xp.zeros(shape, dtype) for _ in range(layers)]
-        self.v = [xp.zeros(shape, dtype) for _ in range(layers)]
+        shape = (layers, self.batch, self.capacity, kv_heads, head_dim)
+        self.k, self.v = (list(xp.zeros(shape, dtype)) for _ in range(2))
+        self.workspaces = workspaces or {}
         self.length = 0
         # Row i: the number i, once per row of the batch.
         counts = np.arange(self.capacity + 1, dtype=np.int32)[:, None]
         self._counts = xp.asarray(np.ascontiguousarray(np.broadcast_to(counts, (self.capacity + 1, self.batch))))
+
+    def row(self, index):
+        """A cache of batch row `index` alone: its memory is shared, its length at first 0 and its own."""
+        part = copy.copy(self)
+        part.batch, part.length = 1, 0
+        part.k, part.v = ([array[index : index + 1] for array in arrays] for arrays in (self.k, self.v))
+        part._counts = self._counts[:, :1].copy()
+        return part
 
     @property
     def nbytes(self):

@@ -2,8 +2,9 @@
 
 import numpy as np
 
+from cupyq.ops.elementwise import add
 from cupyq.ops.matmul import matmul
-from cupyq.ops.qmatmul import qmatmul
+from cupyq.ops.qmatmul import FUSED_ROWS, qmatmul
 from cupyq.ops.qmatrix import QMatrix
 
 
@@ -24,19 +25,34 @@ class Linear:
         if not self.is_quantized:
             self.stored_dtype = np.dtype(stored_dtype or weight.dtype)
 
-    def __call__(self, x, out=None, dtype=None, adapters=None):
+    def __call__(self, x, out=None, dtype=None, adapters=None, *, residual=None, is_ordered=False, workspace=None):
         """x [..., K] -> [..., N]; of `dtype` (default: x's), or into `out`.
 
         adapters: a Selection, whose adapters add what they have for this projection, in fp32 before a second rounding; the
         rows of x are then the rows of its requests, in equal shares.
+        residual [..., N] is added to the product; the result has its dtype, and `out` may be the residual itself.
+        is_ordered: the columns of x are in the order that `input_order` gave. workspace: that of `qmatmul`.
         """
         if self.is_quantized:
-            y = qmatmul(x, self.weight, dtype=dtype, out=out)
-        else:
+            dtype = dtype if residual is None else residual.dtype
+            y = qmatmul(x, self.weight, residual=residual, is_ordered=is_ordered, dtype=dtype, out=out, workspace=workspace)
+        elif residual is None:
             y = matmul(x, self.weight, transpose=True, bias=self.bias, dtype=dtype, out=out)
-        if adapters is not None and self.lora is not None:
+        else:
+            y = add(residual, matmul(x, self.weight, transpose=True, bias=self.bias), out=out)
+        if self.is_changed_by(adapters):
             self.lora.add_to(y, x, adapters)
         return y
+
+    def is_changed_by(self, adapters):
+        """Whether a selected adapter has a part for this projection; adapters: a Selection or None."""
+        return adapters is not None and self.lora is not None and not self.lora.adapters.isdisjoint(adapters.active)
+
+    def input_order(self, rows, adapters=None):
+        """The order (see `QMatrix.order`) in which so many rows of x had best be written for this layer; None: its own."""
+        if not self.is_quantized or rows > FUSED_ROWS or self.is_changed_by(adapters):
+            return None
+        return self.weight.order
 
     @property
     def kind(self):

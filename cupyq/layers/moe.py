@@ -4,8 +4,8 @@ import numpy as np
 
 from cupyq._arrays import namespace
 from cupyq.layers.mlp import activate
-from cupyq.ops.elementwise import add_weighted
-from cupyq.ops.qmatmul_grouped import qmatmul_grouped
+from cupyq.ops.elementwise import add, add_weighted
+from cupyq.ops.qmatmul_grouped import qmatmul_grouped, qmatmul_grouped_workspace_size
 from cupyq.ops.qmatrix_group import QMatrixGroup
 from cupyq.ops.routing import combine_rows, group_rows, route
 
@@ -24,8 +24,11 @@ class MoE:
         self.router, self.experts, self.top_k, self.renormalize = router, experts, top_k, renormalize
         self._groups = _grouped(experts)
 
-    def __call__(self, x, adapters=None):
-        """x [..., hidden] -> float32 of the same shape."""
+    def __call__(self, x, adapters=None, *, residual=None, workspace=None):
+        """x [..., hidden] -> float32 of the same shape; or, with a residual, into it what is added to it.
+
+        workspace: that of `qmatmul`; products for which it is too small allocate their own.
+        """
         rows = x.reshape(-1, x.shape[-1])
         logits = self.router(rows, dtype=np.float32, adapters=adapters)
         weights, chosen = route(logits, self.top_k, renormalize=self.renormalize)
@@ -34,18 +37,24 @@ class MoE:
         if self._groups is None or adapters is not None:
             total = self._one_by_one(rows, weights, chosen, adapters)
         else:
-            total = self._all_at_once(rows, weights, chosen)
-        return total.reshape(x.shape)
+            total = self._all_at_once(rows, weights, chosen, workspace)
+        total = total.reshape(x.shape)
+        return total if residual is None else add(residual, total, out=residual)
 
-    def _all_at_once(self, rows, weights, chosen):
+    def _all_at_once(self, rows, weights, chosen, workspace):
         gate, up, down = self._groups
         groups = group_rows(chosen, len(self.experts))
-        inner = qmatmul_grouped(rows, up, groups)
+
+        def product(x, matrices, **options):
+            is_room = workspace is not None and workspace.size >= qmatmul_grouped_workspace_size(matrices, groups)
+            return qmatmul_grouped(x, matrices, groups, workspace=workspace if is_room else None, **options)
+
+        inner = product(rows, up)
         if gate is None:
             activate(self.experts[0].activation, inner)
         else:
-            inner = activate(self.experts[0].activation, qmatmul_grouped(rows, gate, groups), inner)
-        return combine_rows(qmatmul_grouped(inner, down, groups, dtype=np.float32), weights)
+            inner = activate(self.experts[0].activation, product(rows, gate), inner)
+        return combine_rows(product(inner, down, dtype=np.float32), weights)
 
     def _one_by_one(self, rows, weights, chosen, adapters):
         xp = namespace(rows=rows)
@@ -63,12 +72,18 @@ class MoE:
 
     def _has_adapters(self, selection):
         """Whether any expert has an adapter that is selected."""
-        loaded = (linear.lora for linear in self.linears() if linear.lora is not None)
-        return any(not lora.adapters.isdisjoint(selection.active) for lora in loaded)
+        return any(linear.is_changed_by(selection) for linear in self.linears())
+
+    def input_order(self, rows, adapters=None):
+        """None: the router reads x in its own order. As an MLP's."""
 
     def linears(self):
         """Those of the experts; the router stays unquantized and is not counted."""
         return [linear for expert in self.experts for linear in expert.linears()]
+
+    def matrices(self):
+        """Quantized matrices of its products one by one, joined ones included."""
+        return [matrix for expert in self.experts for matrix in expert.matrices()]
 
 
 def _grouped(experts):

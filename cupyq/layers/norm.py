@@ -13,9 +13,12 @@ class RMSNorm:
     def __init__(self, weight, eps):
         self.weight, self.eps = weight, eps
 
-    def __call__(self, x, dtype=None, residual=None, out=None):
-        """x [..., dim] -> the same shape, of `dtype` (default: x's); with a residual, the sum of the two, in its dtype."""
-        return rms_norm(x, self.weight, eps=self.eps, dtype=dtype, residual=residual, out=out)
+    def __call__(self, x, dtype=None, residual=None, out=None, order=None):
+        """x [..., dim] -> the same shape, of `dtype` (default: x's); with a residual, the sum of the two, in its dtype.
+
+        order: write the columns in the order in which a quantized matrix has its rows, see `QMatrix.order`.
+        """
+        return rms_norm(x, self.weight, eps=self.eps, dtype=dtype, residual=residual, order=order, out=out)
 
 
 class LayerNorm:
@@ -24,9 +27,9 @@ class LayerNorm:
     def __init__(self, weight, bias, eps):
         self.weight, self.bias, self.eps = weight, bias, eps
 
-    def __call__(self, x, dtype=None, residual=None, out=None):
+    def __call__(self, x, dtype=None, residual=None, out=None, order=None):
         """As RMSNorm's."""
-        return layer_norm(x, self.weight, self.bias, eps=self.eps, dtype=dtype, residual=residual, out=out)
+        return layer_norm(x, self.weight, self.bias, eps=self.eps, dtype=dtype, residual=residual, order=order, out=out)
 
 
 class HeadNorm:

@@ -1,16 +1,22 @@
-"""A model folder to a Model: config.json and *.safetensors, unquantized, EXL2 or GPTQ."""
+"""A model folder to a Model: config.json and *.safetensors, unquantized, EXL2 or GPTQ.
+
+First a plan: every name and shape is checked before a byte of weights is read. On a GPU, a model of one layer of each kind
+is then made of zeros and run without launching anything, to learn which kernels the model needs; those are compiled while
+the weights are on their way (`upload`).
+"""
 
 import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cupyq import _device
+from cupyq import _device, _kernels
 from cupyq._arrays import bfloat16, float16, float32, require_cupy
 from cupyq._progress import progress
 from cupyq.errors import BackendError, FormatError, UnsupportedError
@@ -20,7 +26,7 @@ from cupyq.models import upload
 from cupyq.models.config import ModelConfig
 from cupyq.models.model import Model
 from cupyq.models.upload import Wanted
-from cupyq.models.warmup import compile_kernels
+from cupyq.models.warmup import compile_traced, trace_kernels
 from cupyq.ops.qmatrix import QMatrix
 from cupyq.ops.rope import rope_tables
 
@@ -42,6 +48,9 @@ def load_model(
     dtype: of activations and unquantized weights; float16 (default) or bfloat16 on CuPy; float32 (default), float16 or
     bfloat16 on NumPy. The residual stream is float32 throughout, as are norm weights.
     max_seq_len: the longest context to serve, at most what config.json allows (default: that).
+    Memory: on NumPy, weights stay in the files, mapped. On a GPU, the host takes 64 MiB of pinned buffers whatever the
+    model's size, and the GPU, beyond the model, the packed tensors on their way: 128 MiB and two matrices (`upload`).
+    After an error, or an interrupt, no thread is left, nor anything on the GPU.
     FormatError names file and tensor or key; UnsupportedError: an architecture or quantization cupyq does not know;
     BackendError: backend="cupy" without a usable GPU.
     """
@@ -56,10 +65,10 @@ def load_model(
             raise ValueError(f"max_seq_len must be from 1 to {most}, as {config.path} says, got {max_seq_len}")
         config = dataclasses.replace(config, max_seq_len=max_seq_len)
     with Checkpoint(path) as checkpoint:
-        model = _load(config, checkpoint, xp, activations)
-    if xp is not np:
-        compile_kernels(model)
-    return model
+        blueprint = _Blueprint(config, checkpoint, xp, activations)
+        with _meanwhile(compile_traced, blueprint.kernels()):
+            blueprint.load()
+        return blueprint.model()
 
 
 def _choose_backend(backend: str) -> Any:
@@ -101,7 +110,30 @@ class _Part:
     build: Callable[[dict[str, Any]], Any]
     nbytes: int
     parameters: int
+    kind: Hashable
+    """Equal for parts that run the same kernels."""
     value: Any = None
+
+
+@dataclass
+class _LayerPlan:
+    """The parts of a layer, and what makes the layer of their values, to be the index-th one of a model."""
+
+    attention: Sequence[_Part]
+    mlp: Sequence[_Part]
+    norms: Sequence[_Part]
+    finish: Callable[[int], DecoderLayer]
+    window: int | None
+
+    @property
+    def parts(self) -> list[_Part]:
+        return [*self.attention, *self.mlp, *self.norms]
+
+    @property
+    def kinds(self) -> set[Hashable]:
+        """Of its two halves; those of one kind run the same kernels."""
+        attention, mlp = (tuple(part.kind for part in half) for half in (self.attention, self.mlp))
+        return {("attention", self.window, attention), ("mlp", mlp)}
 
 
 class _Plan:
@@ -116,8 +148,18 @@ class _Plan:
     def _add(self, key: str, tensors: Mapping[str, Wanted], build: Callable[[dict[str, Any]], Any], parameters: int) -> _Part:
         self.used.update(wanted.name for wanted in tensors.values())
         nbytes = self.checkpoint.total_bytes(wanted.name for wanted in tensors.values())
-        self.parts.append(_Part(key, tensors, build, nbytes, parameters))
+        self.parts.append(_Part(key, tensors, build, nbytes, parameters, self._kind_of(tensors)))
         return self.parts[-1]
+
+    def _kind_of(self, tensors: Mapping[str, Wanted]) -> Hashable:
+        if self.xp is np:
+            return None
+        infos = {short: self.checkpoint.info(wanted.name) for short, wanted in tensors.items()}
+        if "q_groups" not in tensors:
+            return tuple((short, info.dtype, info.shape) for short, info in infos.items())
+        # The sizes of EXL2's tensors tell how many rows have which width, which is for kernels to cope with.
+        widths = upload.read_on_host(self.checkpoint, tensors["q_groups"]).reshape(-1)[::2]
+        return infos["q_invperm"].shape, infos["q_weight"].shape[1:], frozenset(widths.tolist()), "bias" in tensors
 
     def _require(self, name: str, shape: tuple[int, ...]) -> None:
         """FormatError unless the checkpoint has this unquantized tensor, in this shape."""
@@ -224,38 +266,93 @@ class _Plan:
 # --- from parts to a model --------------------------------------------------------------------------------------------
 
 
-def _load(config: ModelConfig, checkpoint: Checkpoint, xp: Any, activations: np.dtype) -> Model:
-    plan = _Plan(config, checkpoint, xp, activations)
-    hidden, vocab = config.hidden_size, config.vocab_size
-    embedding = plan.array("model.embed_tokens.weight", vocab, hidden)
-    finish_layers = [_plan_layer(plan, config, layer) for layer in range(config.num_hidden_layers)]
-    norm = plan.norm_weight("model.norm", hidden)
-    # Quantizers write a head of its own even for tied models.
-    has_own_head = any(f"lm_head.{name}" in checkpoint for name in ("q_weight", "qweight", "weight"))
-    head = None
-    if has_own_head or not config.tie_word_embeddings:
-        head = plan.linear("lm_head", hidden, vocab, is_padded=True)
-    plan.refuse_leftovers()
-    stored = checkpoint.info(embedding.key).dtype
+class _Blueprint:
+    """A model whose every name and shape is known to fit, and whose weights may be loaded."""
 
-    total = sum(part.nbytes for part in plan.parts)
-    with contextlib.closing(upload.read(checkpoint, progress(plan.parts, total, "loading"), xp)) as arrived:
-        for part, tensors in arrived:
-            part.value = part.build(tensors)
-            del tensors  # a repacked matrix no longer needs what it was made from
-    sin, cos = _rope_tables(config, xp)
-    return Model(
-        config=config,
-        xp=xp,
-        dtype=activations,
-        embedding=embedding.value,
-        layers=[finish() for finish in finish_layers],
-        norm=RMSNorm(norm.value, config.rms_norm_eps),
-        head=head.value if head is not None else Linear(embedding.value, None, "lm_head", stored),
-        sin=sin,
-        cos=cos,
-        parameters=sum(part.parameters for part in plan.parts),
-    )
+    def __init__(self, config: ModelConfig, checkpoint: Checkpoint, xp: Any, activations: np.dtype):
+        self.config, self.checkpoint, self.xp, self.activations = config, checkpoint, xp, activations
+        plan = self.plan = _Plan(config, checkpoint, xp, activations)
+        hidden, vocab = config.hidden_size, config.vocab_size
+        self.embedding = plan.array("model.embed_tokens.weight", vocab, hidden)
+        self.layers = [_plan_layer(plan, config, layer) for layer in range(config.num_hidden_layers)]
+        self.norm = plan.norm_weight("model.norm", hidden)
+        # Quantizers write a head of its own even for tied models.
+        has_own_head = any(f"lm_head.{name}" in checkpoint for name in ("q_weight", "qweight", "weight"))
+        self.head = None
+        if has_own_head or not config.tie_word_embeddings:
+            self.head = plan.linear("lm_head", hidden, vocab, is_padded=True)
+        plan.refuse_leftovers()
+        self.sin, self.cos = _rope_tables(config, xp)
+
+    def load(self) -> None:
+        """Give every part its value; none keeps one after an error, whose traceback may live for long."""
+        parts = self.plan.parts
+        arriving = progress(parts, sum(part.nbytes for part in parts), "loading")
+        try:
+            with contextlib.closing(upload.read(self.checkpoint, arriving, self.xp)) as arrived:
+                for part, tensors in arrived:
+                    part.value = part.build(tensors)
+                    del tensors  # a repacked matrix no longer needs what it was made from
+        except BaseException:
+            _drop_values(parts)
+            raise
+
+    def model(self, layers: Sequence[_LayerPlan] | None = None) -> Model:
+        """The Model of the parts' values, with all layers or those given."""
+        stored = self.checkpoint.info(self.embedding.key).dtype
+        embedding = self.embedding.value
+        chosen = self.layers if layers is None else layers
+        return Model(
+            config=self.config,
+            xp=self.xp,
+            dtype=self.activations,
+            embedding=embedding,
+            layers=[layer.finish(index) for index, layer in enumerate(chosen)],
+            norm=RMSNorm(self.norm.value, self.config.rms_norm_eps),
+            head=self.head.value if self.head is not None else Linear(embedding, None, "lm_head", stored),
+            sin=self.sin,
+            cos=self.cos,
+            parameters=sum(part.parameters for part in self.plan.parts),
+        )
+
+    def kernels(self) -> list[tuple[_kernels.Instance, str]]:
+        """What loading and running the model will launch: found out on layers of all kinds there are, made of zeros."""
+        if self.xp is np:
+            return []
+        layers = _one_of_each_kind(self.layers)
+        ends = [part for part in (self.embedding, self.norm, self.head) if part is not None]
+        parts = [*(part for layer in layers for part in layer.parts), *ends]
+        try:
+            with _kernels.tracing() as to_load:
+                for part in parts:
+                    part.value = part.build(upload.new_arrays(self.checkpoint, part, self.xp.zeros))
+                return to_load + trace_kernels(self.model(layers))
+        finally:
+            _drop_values(parts)
+
+
+def _one_of_each_kind(layers: Sequence[_LayerPlan]) -> list[_LayerPlan]:
+    chosen: list[_LayerPlan] = []
+    seen: set[Hashable] = set()
+    for layer in layers:
+        if not layer.kinds <= seen:
+            chosen.append(layer)
+            seen |= layer.kinds
+    return chosen
+
+
+def _drop_values(parts: Sequence[_Part]) -> None:
+    for part in parts:
+        part.value = None
+
+
+@contextlib.contextmanager
+def _meanwhile(task: Callable[..., Any], *arguments: Any) -> Iterator[None]:
+    """Run task(*arguments) in a thread during this context, which ends after it. An error of the context comes first."""
+    with ThreadPoolExecutor(1, "cupyq-meanwhile") as thread:
+        done = thread.submit(task, *arguments)
+        yield
+        done.result()
 
 
 def _rope_tables(config: ModelConfig, xp: Any) -> tuple[Any, Any]:
@@ -265,10 +362,10 @@ def _rope_tables(config: ModelConfig, xp: Any) -> tuple[Any, Any]:
         raise type(error)(f"{config.path}: {error}") from None
 
 
-def _plan_layer(plan: _Plan, config: ModelConfig, layer: int) -> Callable[[], DecoderLayer]:
-    """Plan the parts of a layer; the function returned makes the layer of them once they are loaded."""
-    row, key = config.architecture, f"model.layers.{layer}"
+def _plan_layer(plan: _Plan, config: ModelConfig, layer: int) -> _LayerPlan:
+    row, key, first = config.architecture, f"model.layers.{layer}", len(plan.parts)
     attention = _plan_attention(plan, config, layer, f"{key}.{row.attention}")
+    middle = len(plan.parts)
     mlp = (_plan_experts if row.has_experts else _plan_mlp)(plan, config, f"{key}.{row.mlp}")
     names = {
         "attention_norm": row.attention_norm,
@@ -276,16 +373,18 @@ def _plan_layer(plan: _Plan, config: ModelConfig, layer: int) -> Callable[[], De
         "attention_post_norm": row.attention_post_norm,
         "mlp_post_norm": row.mlp_post_norm,
     }
+    end = len(plan.parts)
     norms = {role: plan.norm_weight(f"{key}.{name}", config.hidden_size) for role, name in names.items() if name}
 
-    def finish() -> DecoderLayer:
+    def finish(index: int) -> DecoderLayer:
         weights = {role: RMSNorm(part.value, config.rms_norm_eps) for role, part in norms.items()}
-        return DecoderLayer(attention(), mlp(), **weights)
+        return DecoderLayer(attention(index), mlp(), **weights)
 
-    return finish
+    attention_parts, mlp_parts = plan.parts[first:middle], plan.parts[middle:end]
+    return _LayerPlan(attention_parts, mlp_parts, plan.parts[end:], finish, config.windows[layer])
 
 
-def _plan_attention(plan: _Plan, config: ModelConfig, layer: int, key: str) -> Callable[[], Attention]:
+def _plan_attention(plan: _Plan, config: ModelConfig, layer: int, key: str) -> Callable[[int], Attention]:
     hidden, head_dim = config.hidden_size, config.head_dim
     width, kv_width = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
     q = plan.linear(f"{key}.q_proj", hidden, width, config.has_qkv_bias)
@@ -295,7 +394,7 @@ def _plan_attention(plan: _Plan, config: ModelConfig, layer: int, key: str) -> C
     norm_names = ("q_norm", "k_norm") if config.architecture.head_norm else ()
     norms = [plan.norm_weight(f"{key}.{name}", head_dim) for name in norm_names]
 
-    def finish() -> Attention:
+    def finish(index: int) -> Attention:
         head_norms = [HeadNorm(norm.value, eps=config.rms_norm_eps) for norm in norms]
         q_norm, k_norm = head_norms or (None, None)
         return Attention(
@@ -303,7 +402,7 @@ def _plan_attention(plan: _Plan, config: ModelConfig, layer: int, key: str) -> C
             k.value,
             v.value,
             o.value,
-            layer=layer,
+            layer=index,
             head_dim=head_dim,
             scale=config.attention_scale,
             window=config.windows[layer],

@@ -1,5 +1,6 @@
 """A decoder and its ends: token ids in, logits out."""
 
+import functools
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -11,9 +12,13 @@ from cupyq.layers import DecoderLayer, KVCache, Linear, RMSNorm, Step
 from cupyq.layers.lora import Selection
 from cupyq.models.adapters import AdapterTable
 from cupyq.models.config import ModelConfig
+from cupyq.models.decoder import Decoder
+from cupyq.models.sampler import SamplerSettings
 from cupyq.models.warmup import compile_kernels
 from cupyq.ops.activation import softcap
+from cupyq.ops.attention import attention_workspace_size
 from cupyq.ops.embedding import embedding
+from cupyq.ops.qmatmul import FUSED_ROWS, qmatmul_workspace_size
 
 PREFILL_CHUNK = 2048
 """Tokens of a row that pass through the layers at once when there is a cache: bounds the memory of activations."""
@@ -113,6 +118,10 @@ class Model:
         """Forget a loaded adapter; ValueError where none has this name."""
         self._adapters.unload(name, self._linears_by_projection())
 
+    def select_adapters(self, adapters: Any, batch: int) -> Selection | None:
+        """What `forward` takes as `adapters`, looked up; the same object as long as nothing is loaded or unloaded."""
+        return self._adapters.select(adapters, batch)
+
     def _linears_by_projection(self) -> dict[str, Linear]:
         routers = [layer.mlp.router for layer in self.layers if hasattr(layer.mlp, "router")]
         return {linear.name.removeprefix("model."): linear for linear in (*self._decoder_linears(), *routers, self.head)}
@@ -133,7 +142,44 @@ class Model:
             kv_heads=self.config.num_key_value_heads,
             head_dim=self.config.head_dim,
             dtype=self.dtype,
+            workspaces={name: self.xp.zeros(size, float32) for name, size in self._workspace_sizes.items() if size},
         )
+
+    @functools.cached_property
+    def _workspace_sizes(self) -> dict[str, int]:
+        """float32 values of the workspaces of a Step, large enough for all layers; none on NumPy."""
+        if self.xp is np:
+            return {}
+        matrices = [matrix for layer in self.layers for matrix in layer.matrices()]
+        matrices += [self.head.weight] if self.head.is_quantized else []
+        return {
+            "workspace": max((qmatmul_workspace_size(matrix, FUSED_ROWS) for matrix in matrices), default=0),
+            "attention_workspace": attention_workspace_size(self.config.head_dim),
+        }
+
+    def decoder(
+        self,
+        batch: int = 1,
+        max_len: int | None = None,
+        *,
+        settings: SamplerSettings | None = None,
+        seed: int | None = None,
+        adapters: Any = None,
+        graph: bool = True,
+    ) -> Decoder:
+        """Continues `batch` texts of up to `max_len` tokens (default: the model's max_seq_len), a step as one CUDA graph.
+
+        settings: how tokens are drawn (default: SamplerSettings()); seed, or settings.seed, decides which (default: a new
+        one): text b is drawn with seed + b. adapters: as `forward` takes them, for all steps. graph=False launches the
+        kernels of a step one by one, as NumPy models always run: the same bits, with more work for the host.
+
+            decoder = model.decoder(settings=SamplerSettings.greedy())
+            first = decoder.start([prompt])  # int32 [1], on the GPU
+            more = decoder.run(100)  # int32 [1, 100]; the host has waited for nothing yet
+
+        Raises TypeError / ValueError for sizes, settings and adapters the model cannot take.
+        """
+        return Decoder(self, batch, max_len, settings=settings, seed=seed, adapters=adapters, graph=graph)
 
     def forward(self, ids: Any, cache: KVCache | None = None, *, last_only: bool = False, adapters: Any = None) -> Any:
         """Logits, float32 [batch, seq, vocab_size]; seq is 1, the last position, with `last_only`.
@@ -146,7 +192,7 @@ class Model:
         Raises TypeError / ValueError for wrong ids, a cache of another model or batch, more ids than fit, and adapters that
         are not loaded.
         """
-        ids = self._check_ids(ids)
+        ids = self.checked_ids(ids)
         batch, seq = ids.shape
         selection = self._adapters.select(adapters, batch)
         if cache is None:
@@ -155,7 +201,7 @@ class Model:
                 raise ValueError(f"ids: {seq} tokens per row, but the model's context is {limit}: shorten them")
             positions = self.xp.zeros(batch, np.int32)
             step = Step(self.sin, self.cos, positions, adapters=selection)
-            return self._logits(self._decode(ids, step), last_only, selection)
+            return self.logits(self.hidden(ids, step), step, last_only)
         self._check_cache(cache, batch, seq)
         length_before = cache.length
         try:
@@ -167,33 +213,47 @@ class Model:
     def _forward_in_chunks(self, ids: Any, cache: KVCache, last_only: bool, selection: Selection | None) -> Any:
         batch, seq = ids.shape
         if seq <= PREFILL_CHUNK:
-            return self._logits(self._append(ids, cache, selection), last_only, selection)
+            return self.logits(*self._append(ids, cache, selection), last_only)
         logits = None if last_only else self.xp.empty((batch, seq, self.config.vocab_size), float32)
         for begin in range(0, seq, PREFILL_CHUNK):
             end = min(begin + PREFILL_CHUNK, seq)
-            hidden = self._append(self.xp.ascontiguousarray(ids[:, begin:end]), cache, selection)
+            hidden, step = self._append(self.xp.ascontiguousarray(ids[:, begin:end]), cache, selection)
             if logits is not None:
-                logits[:, begin:end] = self._logits(hidden, False, selection)
-        return self._logits(hidden, True, selection) if logits is None else logits
+                logits[:, begin:end] = self.logits(hidden, step, False)
+        return self.logits(hidden, step, True) if logits is None else logits
 
-    def _append(self, ids: Any, cache: KVCache, selection: Selection | None) -> Any:
-        """Hidden states of new tokens, whose keys and values are added to the cache."""
+    def _append(self, ids: Any, cache: KVCache, selection: Selection | None) -> tuple[Any, Step]:
+        """Hidden states of new tokens, whose keys and values are added to the cache; and the step they made."""
         new = ids.shape[1]
-        step = Step(self.sin, self.cos, cache.positions, cache, cache.kv_lengths(new), cache.length + new, selection)
-        hidden = self._decode(ids, step)
+        step = self.step(cache, new, cache.positions, cache.kv_lengths(new), cache.length + new, selection)
+        hidden = self.hidden(ids, step)
         cache.advance(new)
-        return hidden
+        return hidden, step
 
-    def _decode(self, ids: Any, step: Step) -> Any:
+    # --- its parts, for those who keep the books themselves: no checks, and on a GPU nothing that waits for it ---
+
+    def step(
+        self, cache: KVCache, new: int, positions: Any, kv_lengths: Any, max_kv_length: int, selection: Selection | None
+    ) -> Step:
+        """The Step that adds `new` tokens to each row of a cache; the others are its fields."""
+        # Beyond so many rows a product may want a larger workspace, and allocates it.
+        workspaces = cache.workspaces if cache.batch * new <= FUSED_ROWS else {}
+        return Step(self.sin, self.cos, positions, cache, kv_lengths, max_kv_length, selection, **workspaces)
+
+    def hidden(self, ids: Any, step: Step) -> Any:
+        """The residual after the last layer, float32 [batch, seq, hidden_size], of int32 ids [batch, seq] at this step."""
         hidden = embedding(ids, self.embedding, scale=self._embedding_scale, dtype=float32)
         for layer in self.layers:
             hidden = layer(hidden, step, self.dtype)
         return hidden
 
-    def _logits(self, hidden: Any, last_only: bool, selection: Selection | None) -> Any:
+    def logits(self, hidden: Any, step: Step, last_only: bool = False) -> Any:
+        """float32 [batch, seq, vocab_size] of a residual; `last_only`: of its last position."""
         if last_only:
             hidden = self.xp.ascontiguousarray(hidden[:, -1:])
-        logits = self.head(self.norm(hidden, self.dtype), dtype=float32, adapters=selection)
+        order = self.head.input_order(hidden.shape[0] * hidden.shape[1], step.adapters)
+        normed, is_ordered = self.norm(hidden, self.dtype, order=order), order is not None
+        logits = self.head(normed, dtype=float32, adapters=step.adapters, is_ordered=is_ordered, workspace=step.workspace)
         if logits.shape[-1] != self.config.vocab_size:  # quantizers pad the head to a multiple of 32 columns
             logits = self.xp.ascontiguousarray(logits[..., : self.config.vocab_size])
         if self.config.logit_softcap is not None:
@@ -202,8 +262,8 @@ class Model:
 
     # --- checks at the edge ---
 
-    def _check_ids(self, ids: Any) -> Any:
-        """int32 [batch, seq] of this model's library."""
+    def checked_ids(self, ids: Any) -> Any:
+        """int32 [batch, seq] of this model's library, from what `forward` takes as ids."""
         on_gpu = is_cupy(ids)
         if on_gpu and self.xp is np:
             raise TypeError("ids is a CuPy array and the model runs on NumPy: pass ids.get()")

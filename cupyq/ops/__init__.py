@@ -5,7 +5,8 @@ The names below shadow the modules that hold them: `cupyq.ops.attention` is the 
 """
 
 from cupyq.ops.activation import gelu, gelu_mul, relu, relu_mul, silu, silu_mul, softcap
-from cupyq.ops.attention import attention, attention_workspace_size
+from cupyq.ops.advance import advance
+from cupyq.ops.attention import attention, attention_workspace_size, kv_length_bucket
 from cupyq.ops.cache_pages import cache_rotate, count_match
 from cupyq.ops.elementwise import add, add_weighted
 from cupyq.ops.embedding import embedding
@@ -16,10 +17,12 @@ from cupyq.ops.lora import lora, lora_workspace_size
 from cupyq.ops.matmul import gemm, matmul
 from cupyq.ops.norm import head_norm, layer_norm, rms_norm
 from cupyq.ops.penalties import PenaltyTable, penalize, penalize_workspace_size
-from cupyq.ops.qmatmul import qmatmul, qmatmul_workspace_size, reconstruct
+from cupyq.ops.qkv_append import qkv_append
+from cupyq.ops.qmatmul import qmatmul, qmatmul_gated, qmatmul_workspace_size
 from cupyq.ops.qmatmul_grouped import qmatmul_grouped, qmatmul_grouped_workspace_size
 from cupyq.ops.qmatrix import QMatrix
 from cupyq.ops.qmatrix_group import QMatrixGroup
+from cupyq.ops.qmatrix_join import JoinedQMatrix
 from cupyq.ops.quantizing import (
     pack_columns,
     pack_rows_4,
@@ -28,18 +31,21 @@ from cupyq.ops.quantizing import (
     quantize_range,
     quantize_range_inplace,
 )
+from cupyq.ops.reconstruct import reconstruct
 from cupyq.ops.remap import remap_columns, remap_nibbles
 from cupyq.ops.rope import mrope_positions, rope, rope_tables
 from cupyq.ops.routing import combine_rows, group_rows, route
 from cupyq.ops.sampling import SamplerTable, sample, sample_workspace_size
 
 __all__ = [
+    "JoinedQMatrix",
     "PenaltyTable",
     "QMatrix",
     "QMatrixGroup",
     "SamplerTable",
     "add",
     "add_weighted",
+    "advance",
     "attention",
     "attention_workspace_size",
     "cache_rotate",
@@ -60,6 +66,7 @@ __all__ = [
     "kv_decode_paged",
     "kv_encode",
     "kv_encode_paged",
+    "kv_length_bucket",
     "layer_norm",
     "lora",
     "lora_workspace_size",
@@ -71,7 +78,9 @@ __all__ = [
     "paley_2",
     "penalize",
     "penalize_workspace_size",
+    "qkv_append",
     "qmatmul",
+    "qmatmul_gated",
     "qmatmul_grouped",
     "qmatmul_grouped_workspace_size",
     "qmatmul_workspace_size",

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from cupyq._arrays import byte_bounds
+from cupyq._arrays import byte_bounds, check, require_cupy
 
 
 def float64(array):
@@ -32,6 +32,19 @@ def refuse_overlap(written, name, **inputs):
         start, end = byte_bounds(array)
         if start < high and low < end:
             raise ValueError(f"{name} overlaps {other}, which is still read: pass separate memory")
+
+
+def byte_workspace(workspace, size, like, size_name):
+    """`workspace`, uint8, if it holds `size` bytes, or new memory of them on the GPU of `like`; `size_name` tells the size."""
+    if workspace is None:
+        with like.device:
+            return require_cupy().empty(size, np.uint8)
+    check(workspace, "workspace", dtype=np.dtype(np.uint8), ndim=1, writes=True)
+    if workspace.size < size:
+        raise ValueError(f"workspace must have at least {size} bytes, got {workspace.size}: see {size_name}")
+    if byte_bounds(workspace)[0] % 8:
+        raise ValueError("workspace must start at a multiple of 8 bytes: pass an array of its own")
+    return workspace
 
 
 def whole_number(value, name):

@@ -29,7 +29,7 @@ def silu(x, *, out=None):
     if xp is np:
         store(out, silu_reference(x))
     else:
-        _launch_activate("SILU", x, None, out)
+        launch_activate("SILU", x, None, out)
     return out
 
 
@@ -58,7 +58,7 @@ def gelu(x, *, approximate="tanh", out=None):
     if xp is np:
         store(out, gelu_reference(x, approximate))
     else:
-        _launch_activate(_GELU[approximate], x, None, out)
+        launch_activate(_GELU[approximate], x, None, out)
     return out
 
 
@@ -86,7 +86,7 @@ def relu(x, *, out=None):
     if xp is np:
         store(out, relu_reference(x))
     else:
-        _launch_activate("RELU", x, None, out)
+        launch_activate("RELU", x, None, out)
     return out
 
 
@@ -113,7 +113,7 @@ def silu_mul(gate, up, *, out=None):
     if xp is np:
         store(out, silu_mul_reference(gate, up))
     else:
-        _launch_activate("SILU", gate, up, out)
+        launch_activate("SILU", gate, up, out)
     return out
 
 
@@ -138,7 +138,7 @@ def gelu_mul(gate, up, *, approximate="tanh", out=None):
     if xp is np:
         store(out, gelu_mul_reference(gate, up, approximate))
     else:
-        _launch_activate(_GELU[approximate], gate, up, out)
+        launch_activate(_GELU[approximate], gate, up, out)
     return out
 
 
@@ -162,13 +162,20 @@ def relu_mul(gate, up, *, out=None):
     if xp is np:
         store(out, relu_mul_reference(gate, up))
     else:
-        _launch_activate("RELU", gate, up, out)
+        launch_activate("RELU", gate, up, out)
     return out
 
 
 @np.errstate(over="ignore", invalid="ignore")
 def relu_mul_reference(gate, up):
     return relu_reference(gate) * float64(up)
+
+
+def activation_reference(x, activation):
+    """Of "silu", "gelu" (erf), "gelu_tanh" or "relu", by the names of model configurations."""
+    if activation in ("gelu", "gelu_tanh"):
+        return gelu_reference(x, "tanh" if activation == "gelu_tanh" else "none")
+    return {"silu": silu_reference, "relu": relu_reference}[activation](x)
 
 
 def _check(x, out):
@@ -196,7 +203,7 @@ def _check_approximate(approximate):
 _GELU = {"tanh": "GELU_TANH", "none": "GELU"}
 
 
-def _launch_activate(function, x, up, out):
+def launch_activate(function, x, up, out):
     vector = access_width(x.size, x, up, out)
     launch(
         _activate_instance(x.dtype, function, up is not None, vector), *_grid(x.size, vector), (x, up, out, np.int64(x.size))

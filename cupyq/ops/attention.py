@@ -1,5 +1,6 @@
 """Attention of queries to a contiguous KV cache."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,6 +10,7 @@ from cupyq._arrays import (
     FLOATS,
     accepts_dlpack,
     bfloat16,
+    byte_bounds,
     check,
     float16,
     float32,
@@ -53,8 +55,10 @@ def attention(
 
     On the GPU lengths outside 0..capacity are clamped (checking would wait for the GPU); NumPy refuses them.
     max_kv_length is a bound of kv_lengths known to the host: it only decides over how many blocks the keys of few
-    queries are spread; longer lengths remain correct. `workspace`, float32 [attention_workspace_size(head_dim)] or
-    larger, is scratch memory: with it and `out` nothing is allocated.
+    queries may be spread. It is rounded up by `kv_length_bucket`, so that all lengths of a bucket take the same launch; the
+    bits are the same for every bound that holds, and longer lengths remain correct. `workspace`, float32
+    [attention_workspace_size(head_dim)] or larger, is scratch memory, zero when first used; it may serve any calls one
+    after the other, as its counters are zero again after each. With it and `out` nothing is allocated.
 
     Rounding: 16-bit types multiply on tensor cores with fp32 sums, softmax weights are rounded to the type before they
     meet v, the result is rounded once; float32 computes in fp32 throughout. Same bits on every run. `out` may be q
@@ -98,7 +102,7 @@ def attention(
             raise ValueError(f"kv_lengths must lie in 0..{capacity}, k's capacity, got {low}..{high}")
         out[...] = attention_reference(q, k, v, scale, causal, window, softcap, kv_lengths)
     else:
-        bound = capacity if max_kv_length is None else min(max_kv_length, capacity)
+        bound = capacity if max_kv_length is None else kv_length_bucket(max_kv_length, capacity)
         _launch_attention(q, k, v, scale, causal, window, softcap, kv_lengths, bound, out, workspace)
     return out
 
@@ -110,11 +114,22 @@ def attention_workspace_size(head_dim, *, sm_count=None):
     NumPy path needs no workspace.
 
     >>> attention_workspace_size(128, sm_count=132)
-    549120
+    275584
     """
     if sm_count is None:
         sm_count = _device.current().sm_count if _device.count() else 0
-    return _BLOCKS_PER_SM * sm_count * _DECODE_ROWS * (head_dim + 2)
+    return sm_count and _COUNTERS + sm_count * _DECODE_ROWS * (head_dim + 2)
+
+
+def kv_length_bucket(length, capacity):
+    """The bound of KV lengths up to `length` that attention() works with: a power of two from 256 on, or `capacity`.
+
+    A CUDA graph captured for one length of a bucket serves all of them.
+
+    >>> [kv_length_bucket(length, 5000) for length in (1, 256, 257, 4097)]
+    [256, 256, 512, 5000]
+    """
+    return min(max(256, 1 << max(length - 1, 0).bit_length()), capacity)
 
 
 def _positive(value, name):
@@ -173,7 +188,8 @@ def attention_reference(q, k, v, scale, causal, window, softcap, kv_lengths):
 
 _DECODE_ROWS = 16  # rows of one mma tile
 _DECODE_KEYS = 16  # keys of one warp's tile
-_BLOCKS_PER_SM = 2  # decode blocks that one multiprocessor holds at head_dim 128
+_SHARE_TILES = 4  # a block takes part in decoding where there are so many tiles for it
+_COUNTERS = 1024  # at the start of the workspace: one per 16 rows of a kv head whose keys are spread over several blocks
 
 _SHARED_BYTES = {75: 64, 80: 163, 87: 163, 90: 227, 100: 227, 103: 227}
 """Shared memory a block may ask for, KiB, by architecture (CUDA programming guide, compute capabilities); else 99."""
@@ -217,8 +233,9 @@ def pick_prefill_config(head_dim, arch):
     return _first_that_fits([PrefillConfig(*choice) for choice in choices], head_dim, arch)
 
 
-def pick_decode_config(head_dim, arch):
-    choices = [(4, 3), (4, 2), (2, 2), (1, 2)]
+def pick_decode_config(head_dim, arch, is_crowded=False):
+    """One block of 8 warps has a multiprocessor for itself; in a crowd, blocks of 4, of which one starts as another ends."""
+    choices = [(8, 3), (8, 2)] * (not is_crowded) + [(4, 3), (4, 2), (2, 2), (1, 2)]
     return _first_that_fits([DecodeConfig(*choice) for choice in choices], head_dim, arch)
 
 
@@ -226,13 +243,20 @@ def _first_that_fits(configs, head_dim, arch):
     return next(config for config in configs if config.shared_bytes(head_dim) <= shared_bytes_limit(arch))
 
 
-def pick_splits(blocks, keys, warps, sm_count):
-    """Over how many blocks each of `blocks` runs of up to `keys` keys is spread.
+def pick_splits(blocks, keys, rows, sm_count):
+    """Over how many blocks each of `blocks` runs of up to `keys` keys, for that many of 16 `rows`, may be spread.
 
-    No more blocks in all than the GPU holds at a time (attention_workspace_size counts on it), and none without work.
+    No more blocks in all than multiprocessors (attention_workspace_size counts on it), and none without work.
     """
-    tiles = -(-keys // (_DECODE_KEYS * warps))
-    return max(1, min(_BLOCKS_PER_SM * sm_count // blocks, tiles))
+    if blocks > _COUNTERS:
+        return 1
+    return max(1, min(sm_count // blocks, most_shares(keys, rows)))
+
+
+def most_shares(keys, rows):
+    """How many blocks the kernel would ever let share so many keys: at least its share_count, for fewer keys too."""
+    tiles = -(-keys // _DECODE_KEYS)
+    return min(math.isqrt(2 * _DECODE_KEYS * tiles // rows) + 2, -(-tiles // _SHARE_TILES))
 
 
 def _padded(head_dim, multiple):
@@ -273,25 +297,30 @@ def _launch_attention(q, k, v, scale, causal, window, softcap, kv_lengths, max_k
         shared = config.shared_bytes(head_dim)
         launch(wanted, grid, (32 * config.warps,), (q, k, v, kv_lengths, out, *arguments), shared)
         return
-    config = pick_decode_config(head_dim, device.arch)
-    blocks = batch * kv_heads * -(-seq * heads // kv_heads // _DECODE_ROWS)
-    splits = pick_splits(blocks, seen, config.warps, device.sm_count)
-    rows = batch * seq * heads
-    parts = None if splits == 1 else _parts(q, rows * splits * (head_dim + 2), workspace)
-    decode_arguments = (q, k, v, kv_lengths, out, parts, *arguments, np.int32(splits))
+    group_rows = seq * heads // kv_heads
+    blocks = batch * kv_heads * -(-group_rows // _DECODE_ROWS)
+    config = pick_decode_config(head_dim, device.arch, is_crowded=blocks >= 2 * device.sm_count)
+    splits = pick_splits(blocks, seen, group_rows % _DECODE_ROWS or _DECODE_ROWS, device.sm_count)
+    parts = arrived = None
+    if splits > 1:
+        parts, arrived = _parts(q, batch * seq * heads * splits * (head_dim + 2), blocks, workspace)
+    decode_arguments = (q, k, v, kv_lengths, out, parts, arrived, *arguments, np.int32(splits))
     wanted = _decode_instance(q.dtype, head_dim, config)
     launch(wanted, (blocks * splits,), (32 * config.warps,), decode_arguments, config.shared_bytes(head_dim))
-    if splits > 1:
-        combine_arguments = (parts, out, np.int32(splits), np.int32(head_dim))
-        launch(_combine_instance(q.dtype), (rows,), (_padded(head_dim, 32),), combine_arguments)
 
 
-def _parts(q, size, workspace):
+def _parts(q, size, blocks, workspace):
+    """What shares of the keys leave behind, and the counters of those that have."""
     if workspace is None:
-        return namespace(q=q).empty(size, float32)
-    if workspace.size < size:
-        raise ValueError(f"workspace must have at least {size} floats, got {workspace.size}: see attention_workspace_size")
-    return workspace
+        xp = namespace(q=q)
+        return xp.empty(size, float32), xp.zeros(blocks, np.uint32)
+    if workspace.size < _COUNTERS + size:
+        raise ValueError(
+            f"workspace must have at least {_COUNTERS + size} floats, got {workspace.size}: see attention_workspace_size"
+        )
+    if byte_bounds(workspace)[0] % 8:
+        raise ValueError("workspace must begin at a multiple of 8 bytes: pass a whole array, not a slice from its middle")
+    return workspace[_COUNTERS:], workspace[:_COUNTERS]
 
 
 def _simple_instance(dtype, head_dim):
@@ -306,17 +335,13 @@ def _decode_instance(dtype, head_dim, config):
     return instance("attention_decode", dtype, _padded(head_dim, 16), config.warps, config.stages)
 
 
-def _combine_instance(dtype):
-    return instance("attention_combine", dtype, file="attention_decode")
-
-
 def _instances(arch):
     yield _simple_instance(float32, 128)
     for dtype in (float16, bfloat16):
-        yield _combine_instance(dtype)
         for head_dim in (64, 128):
             yield _prefill_instance(dtype, head_dim, pick_prefill_config(head_dim, arch))
-            yield _decode_instance(dtype, head_dim, pick_decode_config(head_dim, arch))
+            for is_crowded in (False, True):
+                yield _decode_instance(dtype, head_dim, pick_decode_config(head_dim, arch, is_crowded))
 
 
 INSTANCES = list(_instances("sm_90a"))

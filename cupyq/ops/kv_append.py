@@ -40,13 +40,13 @@ def kv_append(k, v, k_cache, v_cache, positions):
     if k.size == 0:
         return
     if xp is np:
-        _check_capacity(positions, k.shape[1], k_cache.shape[1])
+        check_capacity(positions, k.shape[1], k_cache.shape[1])
         kv_append_reference(k, v, k_cache, v_cache, positions)
     else:
         _launch_kv_append(k, v, k_cache, v_cache, positions)
 
 
-def _check_capacity(positions, seq, capacity):
+def check_capacity(positions, seq, capacity):
     for row, position in enumerate(positions.tolist()):
         if position < 0 or position + seq > capacity:
             raise ValueError(

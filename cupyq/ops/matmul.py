@@ -1,12 +1,29 @@
 """Unquantised products, by cuBLAS: `matmul` for layers, `gemm` for the general form."""
 
+import ctypes
+import functools
 import math
+import os
 import sys
+import threading
 
 import numpy as np
 
-from cupyq._arrays import FLOATS, accepts_dlpack, bfloat16, check, float16, float32, namespace, output
-from cupyq._kernels import instance, launch
+from cupyq._arrays import (
+    FLOATS,
+    accepts_dlpack,
+    bfloat16,
+    check,
+    first_line,
+    float16,
+    float32,
+    namespace,
+    output,
+    require_cupy,
+)
+from cupyq._device import arch_number, info
+from cupyq._kernels import instance, is_tracing, launch
+from cupyq.errors import BackendError
 from cupyq.ops._common import float64, refuse_overlap, store
 
 
@@ -95,39 +112,164 @@ def gemm_reference(a, b, c, alpha, beta):
     return y if beta == 0 else y + float(beta) * float64(c)
 
 
-# cublasDataType / cublasComputeType values, from cublas_api.h and library_types.h
+# --- cuBLAS -----------------------------------------------------------------------------------------------------------
+
+# Through ctypes, as CuPy's own wrapper refuses to be captured into a CUDA graph. The values are those of cublas_api.h and
+# library_types.h.
 _DATA_TYPES = {float16: 2, bfloat16: 14, float32: 0}
 _COMPUTE_32F = 68
-_DEFAULT_ALGORITHM = -1
+_DEFAULT_ALGORITHM = -1  # with tensor cores wherever they keep the arithmetic: GEMM_DEFAULT_TENSOR_OP is deprecated
 _TRANSPOSED, _AS_STORED = 1, 0
+# Partial sums of a split product stay in fp32; cuBLAS may otherwise round them to the type of the output.
+_DISALLOW_REDUCED_PRECISION_REDUCTION = 16
 
 
-def multiply_into(out, x, weight, *, transpose=False, first_column=0, bias=None, alpha=1.0, beta=0.0):
+def multiply_into(out, x, weight, *, transpose=False, first_column=0, bias=None, alpha=1.0, beta=0.0, out_stride=None):
     """out[:, first_column : first_column + columns] = alpha * x @ weight + beta * out, all 2-D CuPy arrays, without checks.
 
+    out_stride: elements from a row of out to the next where out is itself some columns of a wider array.
     cuBLAS is column-major: it computes out.T = weight.T @ x.T. A bias is written to out first and accumulated onto in fp32.
     """
-    cupy = sys.modules["cupy"]
+    cuda, device_id = sys.modules["cupy"].cuda, x.data.device_id
+    if device_id == cuda.runtime.getDevice():
+        _multiply_here(cuda, device_id, out, x, weight, transpose, first_column, bias, alpha, beta, out_stride)
+    else:
+        with cuda.Device(device_id):
+            _multiply_here(cuda, device_id, out, x, weight, transpose, first_column, bias, alpha, beta, out_stride)
+
+
+def _multiply_here(cuda, device_id, out, x, weight, transpose, first_column, bias, alpha, beta, out_stride):
     rows, k = x.shape
-    columns = weight.shape[0] if transpose else weight.shape[1]
-    target = out.data.ptr + first_column * out.itemsize
+    weight_rows, weight_columns = weight.shape
+    columns = weight_rows if transpose else weight_columns
+    stride = out.shape[1] if out_stride is None else out_stride
     if bias is not None:
-        _launch_fill_rows(bias, out, first_column, columns)
+        fill_rows(bias, None, out, first_column, columns, stride)
         beta = 1.0
-    factors = np.array([alpha, beta], np.float32)  # cuBLAS reads them during the call
-    with x.device:
-        cupy.cuda.cublas.gemmEx(
-            cupy.cuda.device.get_cublas_handle(), _TRANSPOSED if transpose else _AS_STORED, _AS_STORED, columns, rows, k,
-            factors.ctypes.data, weight.data.ptr, _DATA_TYPES[weight.dtype], weight.shape[1],
-            x.data.ptr, _DATA_TYPES[x.dtype], k,
-            factors.ctypes.data + 4, target, _DATA_TYPES[out.dtype], out.shape[1], _COMPUTE_32F, _DEFAULT_ALGORITHM,
+    if is_tracing():
+        return
+    blas = _blas_of_this_thread(device_id)
+    factors = _factors(alpha, beta)
+    factors_at = ctypes.addressof(factors)
+    status = blas.gemm(
+        blas.handle_on(cuda.get_current_stream(device_id).ptr),
+        _TRANSPOSED if transpose else _AS_STORED, _AS_STORED, columns, rows, k,
+        factors_at, weight.data.ptr, _DATA_TYPES[weight.dtype], weight_columns,
+        x.data.ptr, _DATA_TYPES[x.dtype], k,
+        factors_at + 4, out.data.ptr + first_column * out.itemsize, _DATA_TYPES[out.dtype], stride,
+        _COMPUTE_32F, _DEFAULT_ALGORITHM,
+    )  # fmt: skip
+    if status:
+        _fail(status, f"multiply {rows} x {k} by {k} x {columns} in {x.dtype}")
+
+
+@functools.lru_cache(maxsize=32)
+def _factors(alpha, beta):
+    """Both in memory for cuBLAS, which reads them during the call."""
+    return (ctypes.c_float * 2)(alpha, beta)
+
+
+_this_thread = threading.local()
+_workspaces: dict[tuple[int, int], object] = {}  # by device and stream; kept, as captured graphs go on using them
+
+
+def _blas_of_this_thread(device_id):
+    try:
+        return _this_thread.blas[device_id]
+    except AttributeError:
+        _this_thread.blas = {}
+    except KeyError:
+        pass
+    return _this_thread.blas.setdefault(device_id, _Blas(device_id))
+
+
+class _Blas:
+    """A cuBLAS handle of one thread on one GPU, the current one.
+
+    Not CuPy's handle: whatever CuPy does with that takes its workspace away, and it would keep the math mode set here.
+    """
+
+    def __init__(self, device_id):
+        cupy = require_cupy()
+        self._library = _cublas()
+        cublas = cupy.cuda.cublas
+        try:
+            self._handle = cublas.create()
+        except cublas.CUBLASError as error:
+            raise BackendError(f"cuBLAS cannot start on GPU {device_id}: {error}") from None
+        self._owner = cupy.cuda.device.Handle(self._handle, cublas.destroy)  # destroys it when the thread ends
+        cublas.setMathMode(self._handle, _DISALLOW_REDUCED_PRECISION_REDUCTION)
+        self._stream, self._device_id = None, device_id
+        self.gemm = self._library.cublasGemmEx
+
+    def handle_on(self, stream):
+        """The handle, set to a stream.
+
+        A workspace of the stream's own makes results the same on every run whatever other streams do ("Results
+        Reproducibility" in NVIDIA's manual), and leaves nothing to allocate while a graph is captured.
+        """
+        if stream != self._stream:
+            self._stream = None
+            if status := self._library.cublasSetStream_v2(self._handle, stream):
+                _fail(status, "change to the current stream")
+            workspace = _workspace(self._device_id, stream)  # set after the stream, which resets it
+            if status := self._library.cublasSetWorkspace_v2(self._handle, workspace.data.ptr, workspace.size):
+                _fail(status, "take a workspace")
+            self._stream = stream
+        return self._handle
+
+
+def _workspace(device_id, stream):
+    workspace = _workspaces.get((device_id, stream))
+    if workspace is None:
+        size = (32 if arch_number(info(device_id).arch) >= 90 else 4) << 20  # as NVIDIA's manual recommends
+        workspace = _workspaces.setdefault((device_id, stream), sys.modules["cupy"].empty(size, np.uint8))
+    return workspace
+
+
+@functools.cache
+def _cublas():
+    """The cuBLAS that CuPy uses, with the signatures of what is called here."""
+    cupy = require_cupy()
+    try:
+        # A symbol is looked for in the libraries that the named one was linked to as well, but on Windows. So this finds the
+        # right one where PyTorch has loaded another.
+        major = cupy.cuda.runtime.runtimeGetVersion() // 1000
+        library = ctypes.CDLL(f"cublas64_{major}.dll" if os.name == "nt" else cupy.cuda.cublas.__file__)
+        number, pointer = ctypes.c_int, ctypes.c_void_p
+        library.cublasSetStream_v2.argtypes = (pointer, pointer)
+        library.cublasSetWorkspace_v2.argtypes = (pointer, pointer, ctypes.c_size_t)
+        matrix = (pointer, number, number)
+        factor = pointer
+        library.cublasGemmEx.argtypes = (
+            pointer, number, number, number, number, number, factor, *matrix, *matrix, factor, *matrix, number, number,
         )  # fmt: skip
+        library.cublasGetStatusName.restype = ctypes.c_char_p
+    except (ImportError, OSError, AttributeError) as error:
+        raise BackendError(
+            f"cuBLAS cannot be loaded ({first_line(error)}); install it with `pip install nvidia-cublas-cu12` "
+            "(or `nvidia-cublas` for CUDA 13)"
+        ) from None
+    return library
 
 
-def _launch_fill_rows(bias, out, first_column, columns):
-    rows, n = out.shape
-    arguments = (bias, out, *map(np.int32, (rows, n, first_column, columns)))
-    launch(_fill_rows_instance(bias.dtype, out.dtype), (-(-columns // 256), min(rows, 1024)), (256,), arguments)
+def _fail(status, action):
+    name = _cublas().cublasGetStatusName(status)
+    raise BackendError(f"cuBLAS cannot {action}: {name.decode() if name else f'status {status}'}")
+
+
+def fill_rows(bias, residual, out, first_column, columns, stride):
+    """out[:, first_column : ...] = bias + residual, what a product can be accumulated onto; either may be None."""
+    rows = out.shape[0]
+    if stride != out.shape[1]:  # an array without the gaps, as the kernel knows them
+        out = sys.modules["cupy"].ndarray((rows - 1) * stride + columns, out.dtype, out.data)
+    arguments = (bias, residual, out, *map(np.int32, (rows, stride, first_column, columns)))
+    launch(
+        _fill_rows_instance(float32 if bias is None else bias.dtype, out.dtype),
+        (-(-columns // 256), min(rows, 1024)),
+        (256,),
+        arguments,
+    )
 
 
 def _fill_rows_instance(bias, y):

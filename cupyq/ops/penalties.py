@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from cupyq._arrays import FLOATS, accepts_dlpack, check, float32, int32, namespace, output, refuse_partial_overlap, require_cupy
+from cupyq._arrays import FLOATS, accepts_dlpack, check, float32, int32, namespace, output, refuse_partial_overlap
 from cupyq._kernels import instance, launch
-from cupyq.ops._common import refuse_overlap, store
+from cupyq.ops._common import byte_workspace, refuse_overlap, store
 from cupyq.ops._settings import Setting, SettingTable, given_settings, is_scalar, normalise, upload
 
 MAX_HISTORY = 1 << 24
@@ -132,7 +132,8 @@ def penalize(
     else:
         with logits.device:
             packed = upload(values, tuple(SETTINGS), SETTINGS, rows) if table is None else table.packed
-        workspace = _checked_workspace(workspace, logits, history, bias_ids)
+        size = penalize_workspace_size(rows, vocab, history.shape[1], 0 if bias_ids is None else bias_ids.shape[-1])
+        workspace = byte_workspace(workspace, size, logits, "penalize_workspace_size")
         _launch_penalize(logits, history, lengths, *packed, dry_breakers, bias, bias_ids, allowed, out, workspace)
     return out
 
@@ -165,19 +166,6 @@ def _check_masks(rows, vocab, dry_breakers, bias, bias_ids, allowed):
     if allowed is not None:
         by_row = allowed.ndim > 1 and allowed.shape[0] != 1
         check(allowed, "allowed", dtype=masks, shape=((rows if by_row else 1, vocab) if allowed.ndim > 1 else (vocab,)))
-
-
-def _checked_workspace(workspace, logits, history, bias_ids):
-    size = penalize_workspace_size(*logits.shape, history.shape[1], 0 if bias_ids is None else bias_ids.shape[-1])
-    if workspace is None:
-        with logits.device:
-            return require_cupy().empty(size, np.uint8)
-    check(workspace, "workspace", dtype=np.dtype(np.uint8), ndim=1, writes=True)
-    if workspace.size < size:
-        raise ValueError(f"workspace must have at least {size} bytes, got {workspace.size}: see penalize_workspace_size")
-    if workspace.data.ptr % 8:
-        raise ValueError("workspace must start at a multiple of 8 bytes: pass an array of its own")
-    return workspace
 
 
 def penalize_reference(logits, history, lengths, values, dry_breakers, bias, bias_ids, allowed):

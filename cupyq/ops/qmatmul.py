@@ -1,7 +1,6 @@
-"""Products with quantized weights, and the weights themselves."""
+"""Products with quantized weights."""
 
-import functools
-from dataclasses import dataclass
+import dataclasses
 
 import numpy as np
 
@@ -15,110 +14,167 @@ from cupyq._arrays import (
     float32,
     namespace,
     output,
+    refuse_partial_overlap,
 )
 from cupyq._kernels import instance, launch
-from cupyq.formats.tiles import TILE, WIDTHS_IN_ORDER
+from cupyq.formats.tiles import TILE
 from cupyq.ops._common import float64, refuse_overlap, store
-from cupyq.ops.matmul import multiply_into
+from cupyq.ops.activation import activation_reference, launch_activate
+from cupyq.ops.matmul import fill_rows, multiply_into
+from cupyq.ops.qmatmul_config import (
+    COUNTERS,
+    Problem,
+    current_problem,
+    make_config,
+    most_values,
+    pick_config,
+    widths_present,
+)
+from cupyq.ops.qmatmul_wgmma import launch_wgmma, suits_wgmma, wgmma_config, wgmma_workspace_parts
 from cupyq.ops.qmatrix import QMatrix
+from cupyq.ops.qmatrix_join import JoinedQMatrix
+from cupyq.ops.reconstruct import launch_reconstruct
 
 _MAX_SCRATCH_BYTES = 256 * 2**20  # of dequantised weights at a time, for many rows
 
+FUSED_ROWS = 64
+"""Up to so many rows a product is one launch of cu/qmatmul.cu on every GPU, epilogue included."""
+
+GATES = {"silu": "SILU", "gelu": "GELU", "gelu_tanh": "GELU_TANH", "relu": "RELU"}
+
 
 @accepts_dlpack
-def qmatmul(x, q, *, dtype=None, out=None, workspace=None):
-    """y = x @ W (+ bias) with the quantized matrix W [k, n] of `q`.
+def qmatmul(x, q, *, residual=None, is_ordered=False, dtype=None, out=None, workspace=None, batch_invariant=False):
+    """y = x @ W (+ bias) (+ residual) with the quantized weights W [k, n] of `q`.
 
-    x [..., k]: float16 or bfloat16 (on NumPy also float32), with any number of rows. y [..., n] has x's dtype, or float32
-    with dtype=float32. fp32 accumulation, one rounding; the same bits on every run. `out` must not overlap x.
-    Few rows: fused kernel, in which each block's fp32 sum is multiplied by its scale (weights are not rounded to fp16 first:
-    about 2e-4 norm-wise from, and nearer the exact product than, the definition in `reconstruct`). Many rows: the weights are
-    reconstructed in x's dtype and multiplied by cuBLAS.
-    `workspace`: float32 array of at least `qmatmul_workspace_size(q, rows)` values, zero when first used; it may serve any
-    products one after the other, as its counters are zero again after each. With out and workspace given and few rows,
-    nothing is allocated and the op can be captured in a graph.
+    q: a QMatrix, or a JoinedQMatrix of several side by side. x [..., k]: float16 or bfloat16 (on NumPy also float32), with
+    any number of rows; with is_ordered its columns are already in the stored row order `q.order` (zero where that is -1).
+    y [..., n] has x's dtype, or float32 with dtype=float32. residual has y's shape and dtype; `out` may be the residual, and
+    must not overlap x. fp32 accumulation, one rounding, in which bias and residual are included; the same bits on every run.
+    Few rows (to FUSED_ROWS): fused kernel, in which each group's fp32 sum is multiplied by its scale (weights are not rounded
+    to fp16 first: about 2e-4 norm-wise from, and nearer the exact product than, the definition in `reconstruct`). Many rows:
+    weights in x's dtype, decoded inside the product (Hopper) or before it, and multiplied on the tensor cores.
+    batch_invariant: a row's result depends on that row alone, not on how many others there are, at the cost of speed for many
+    rows. `workspace`: float32 array of at least `qmatmul_workspace_size(q, rows)` values, zero when first used; it may serve
+    any products one after the other, as its counters are zero again after each. With out and workspace given and up to
+    FUSED_ROWS rows, nothing is allocated.
     Raises TypeError / ValueError for wrong dtypes, shapes, strides, devices.
     """
-    if not isinstance(q, QMatrix):
-        raise TypeError(f"q must be a QMatrix (see QMatrix.from_tensors), got {type(q).__name__}")
-    xp = namespace(x=x, q=q)
-    check(x, "x", dtype=(float16, bfloat16, float32) if xp is np else (float16, bfloat16), last=q.k)
-    out = output(xp, out, (*x.shape[:-1], q.n), x.dtype if dtype is None else np.dtype(dtype))
-    check(out, "out", dtype=(x.dtype, float32))
-    refuse_overlap(out, "out", x=x)
+    xp, out = _check_product(x, q, is_ordered, None if dtype is None else np.dtype(dtype), out, _columns(q), residual)
     if x.size == 0:
         return out
     if xp is np:
-        store(out, qmatmul_reference(x, q))
+        store(out, qmatmul_reference(x, q, residual))
     else:
-        _launch_qmatmul(x, q, out, workspace)
+        _launch_qmatmul(x, q, out, workspace, residual, is_ordered, batch_invariant)
     return out
 
 
-def qmatmul_reference(x, q):
-    y = float64(x).reshape(-1, q.k) @ float64(q.dense)
-    if q.bias is not None:
-        y += q.bias
-    return y.reshape(*x.shape[:-1], q.n)
+def _columns(q):
+    if not isinstance(q, (QMatrix, JoinedQMatrix)):
+        found = type(q).__name__
+        raise TypeError(f"q must be a QMatrix (see QMatrix.from_tensors) or JoinedQMatrix, got {found}")
+    return q.n
 
 
-@dataclass(frozen=True)
-class QmatmulConfig:
-    """How a product is cut: 8 * m_tiles rows, 32 * warps_n columns and `slice_blocks` row blocks to a thread block."""
-
-    m_tiles: int
-    warps_n: int
-    warps_k: int
-    slices: int
-    slice_blocks: int
-    chunk_blocks: int
-
-    @property
-    def shared_bytes(self):
-        staged = 8 * self.m_tiles * (self.chunk_blocks | 1) * 2 * TILE
-        handed = (self.warps_k - 1) * self.m_tiles * 8 * self.warps_n * 32 * 4
-        return max(staged, handed)
+def _check_product(x, q, is_ordered, dtype, out, n, residual=None):
+    xp = namespace(x=x, q=q, residual=residual)
+    k = q.k if xp is np or not is_ordered else q.blocks * TILE
+    check(x, "x", dtype=(float16, bfloat16, float32) if xp is np else (float16, bfloat16), last=k)
+    out = output(xp, out, (*x.shape[:-1], n), x.dtype if dtype is None else dtype)
+    check(out, "out", dtype=(x.dtype, float32))
+    refuse_overlap(out, "out", x=x)
+    if residual is not None:
+        check(residual, "residual", dtype=out.dtype, shape=out.shape)
+        refuse_partial_overlap(out, residual=residual)
+    if is_ordered and isinstance(q, JoinedQMatrix) and not q.shares_order:
+        raise ValueError("is_ordered needs matrices of one stored row order, and those of q differ: pass x as it is")
+    return xp, out
 
 
-FUSED_ROWS = 64
-"""Up to so many rows the fused kernel runs; beyond, dequantise and cuBLAS."""
+def qmatmul_reference(x, q, residual=None):
+    x = float64(x)
+    parts = [x.reshape(-1, q.k) @ float64(matrix.dense) for matrix in q.matrices]
+    for part, matrix in zip(parts, q.matrices, strict=True):
+        if matrix.bias is not None:
+            part += matrix.bias
+    y = (parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)).reshape(*x.shape[:-1], q.n)
+    return y if residual is None else y + float64(residual)
 
 
-@functools.cache
-def pick_config(m, n, blocks, sm_count, *, row_tiles=1, warps_n=4, warps_k=2, shared_limit=48 * 1024):
-    """QmatmulConfig for m rows, so often: two thread blocks for every multiprocessor where K is long enough to be sliced."""
-    m_tiles = next(t for t in (1, 2, 4, 8) if 8 * t >= min(m, FUSED_ROWS))
-    column_blocks = -(-n // (TILE * warps_n)) * -(-m // (8 * m_tiles)) * row_tiles
-    # A slice of fewer than 8 blocks a warp would spend its time on filling and draining.
-    slices = max(1, min(2 * sm_count // column_blocks, blocks // (8 * warps_k)))
-    slice_blocks = -(-blocks // slices)
-    chunk_blocks = min(slice_blocks, shared_limit // (8 * m_tiles * 2 * TILE) - 1)
-    return QmatmulConfig(m_tiles, warps_n, warps_k, -(-blocks // slice_blocks), slice_blocks, chunk_blocks)
+@accepts_dlpack
+def qmatmul_gated(x, joined, *, activation="silu", is_ordered=False, out=None, workspace=None):
+    """y = activation(x @ W_gate (+ bias)) * (x @ W_up (+ bias)), with `joined` the JoinedQMatrix of the two, of one n.
+
+    x [..., k] as qmatmul's; y [..., n] has x's dtype. activation: "silu", "gelu" (erf), "gelu_tanh" or "relu". Few rows (to
+    FUSED_ROWS) are one launch, in which only y is rounded; beyond, gate and up are rounded to x's dtype in between.
+    `workspace`, is_ordered and errors as in qmatmul.
+    """
+    if not isinstance(joined, JoinedQMatrix) or len(joined.matrices) != 2 or len({q.n for q in joined.matrices}) != 1:
+        raise TypeError("joined must be a JoinedQMatrix of two matrices with the same n: gate and up")
+    if activation not in GATES:
+        raise ValueError(f"activation must be one of {', '.join(GATES)}, got {activation!r}")
+    xp, out = _check_product(x, joined, is_ordered, None, out, joined.matrices[0].n)
+    if out.dtype != x.dtype:
+        raise TypeError(f"out must have x's dtype, {x.dtype}, got {out.dtype}")
+    if x.size == 0:
+        return out
+    if xp is np:
+        store(out, qmatmul_gated_reference(x, joined, activation))
+    else:
+        _launch_gated(x, joined, activation, out, workspace, is_ordered)
+    return out
 
 
-def qmatmul_workspace_size(q, rows):
-    """float32 values of `workspace` that qmatmul needs for up to `rows` rows; 0 on NumPy."""
-    if q.xp is np or rows > FUSED_ROWS:
+def qmatmul_gated_reference(x, joined, activation):
+    gate, up = (qmatmul_reference(x, q) for q in joined.matrices)
+    return activation_reference(gate, activation) * up
+
+
+# --- which kernel -----------------------------------------------------------------------------------------------------
+
+
+def qmatmul_workspace_size(q, rows, *, batch_invariant=False):
+    """float32 values of `workspace` that qmatmul and qmatmul_gated need for up to `rows` rows; 0 on NumPy."""
+    if q.xp is np:
         return 0
-    return COUNTERS + max(sum(_workspace_parts(q, m, _config(q, m))) for m in {min(m, rows) for m in (1, 8, 16, 32, 64)})
+    return COUNTERS + max((_most_parts(part, rows, batch_invariant) for part in {q, *q.matrices}), default=0)
 
 
-def _config(q, m):
-    return pick_config(m, q.n, q.tiles.layout.blocks, _device.current().sm_count)
+def _most_parts(q, rows, batch_invariant):
+    if rows == 0:
+        return 0
+    device, tile_values = _device.current(), q.blocks * TILE // 2
+    if batch_invariant:
+        rows = min(rows, _invariant_rows(q))
+        return sum(workspace_parts(rows, q, _invariant_config(rows, q)))
+    few = min(rows, FUSED_ROWS)
+    sizes = [
+        most_values(current_problem(few, q, is_gated=is_gated), _sliced_values) for is_gated in {False, len(q.matrices) == 2}
+    ]
+    if pick_kernel(rows, device.arch) == "wgmma":
+        sizes.append(2 * device.sm_count * 256 * 128 + 127 * tile_values)  # whatever its cut, of at most 256 x 128 each
+    return max(sizes) + rows * tile_values + tile_values
 
 
-COUNTERS = 1024
-"""Counters at the start of every workspace, one per thread block of a slice. Always so many, whatever the product, so that one
-workspace serves products of any shapes in turn: a sliced product has at most as many column blocks as there are SMs."""
+def _sliced_values(m, problem, config):
+    return config.slices * m * problem.column_tiles * TILE if config.slices > 1 else 0
 
 
-def _workspace_parts(q, m, config):
-    return workspace_parts(m, q.tiles.layout.padded_n, q.tiles.layout.blocks, config)
+def pick_kernel(m, arch):
+    """Which way m rows go: "mma", cu/qmatmul.cu; "wgmma", Hopper's own kernel; "dequantise", reconstruct and cuBLAS."""
+    if arch == "sm_90a" and WGMMA_ROWS[0] <= m <= WGMMA_ROWS[1]:
+        return "wgmma"
+    return "mma" if m <= FUSED_ROWS else "dequantise"
 
 
-def workspace_parts(m, padded_n, blocks, config):
+WGMMA_ROWS = (17, 8192)
+"""From and to how many rows Hopper's own kernel is the quickest."""
+
+
+def workspace_parts(m, joined, config):
     """(partial sums, gathered x) behind the counters, in 4-byte values; only a sliced product has partial sums."""
-    return config.slices * m * padded_n if config.slices > 1 else 0, m * blocks * TILE // 2
+    return config.slices * m * joined.column_tiles * TILE if config.slices > 1 else 0, m * joined.blocks * TILE // 2
 
 
 def split_workspace(workspace, parts, rows, **others):
@@ -126,6 +182,11 @@ def split_workspace(workspace, parts, rows, **others):
     if workspace is None:
         xp = namespace(**others)
         return xp.zeros(COUNTERS, np.uint32) if parts[0] else None, xp.empty(sum(parts), np.float32)
+    _check_workspace(workspace, parts, rows, **others)
+    return workspace[:COUNTERS], workspace[COUNTERS:]
+
+
+def _check_workspace(workspace, parts, rows, **others):
     check(workspace, "workspace", dtype=float32, ndim=1)
     needed = COUNTERS + sum(parts)
     if workspace.size < needed:
@@ -133,46 +194,98 @@ def split_workspace(workspace, parts, rows, **others):
     if byte_bounds(workspace)[0] % 16:
         raise ValueError("workspace must begin at a multiple of 16 bytes: pass a whole array, not a slice from its middle")
     refuse_overlap(workspace, "workspace", **others)
-    return workspace[:COUNTERS], workspace[COUNTERS:]
 
 
-def _is_gathered(x, q):
-    """Whether x must be rewritten first: into stored row order, or to an address the kernel's 16-byte copies can take.
+def _launch_qmatmul(x, q, out, workspace, residual, is_ordered, batch_invariant):
+    m = x.size // x.shape[-1]
+    way = pick_kernel(m, _device.current().arch)
+    x, out = x.reshape(m, -1), out.reshape(m, -1)
+    residual = None if residual is None else residual.reshape(m, -1)
+    is_wgmma = way == "wgmma" and suits_wgmma(out, residual) and not batch_invariant
+    is_mma = way == "mma" or batch_invariant
+    first_column = 0
+    for part in (q,) if q.shares_order and (is_mma or is_wgmma) else q.matrices:
+        placed = dict(residual=residual, is_ordered=is_ordered, y_stride=q.n, first_column=first_column)
+        if batch_invariant:
+            _launch_invariant(x, part, out, workspace, **placed)
+        elif is_mma:
+            _launch_fused(x, part, out, m, workspace, pick_config(current_problem(m, part)), **placed)
+        elif is_wgmma:
+            if workspace is not None:
+                parts = wgmma_workspace_parts(m, part.blocks, wgmma_config(part, m))
+                _check_workspace(workspace, parts, m, x=x, out=out, residual=residual)
+            launch_wgmma(x, part, out, m, workspace, **placed)
+        else:
+            _launch_dequantised(x, part, out, first_column, residual, is_ordered)
+        first_column += part.n
 
-    Inside the product each thread block would gather anew, at a 32-byte sector for every 2-byte value.
-    """
-    return q.tiles.rows is not None or byte_bounds(x)[0] % 16 != 0
+
+def _launch_gated(x, joined, activation, out, workspace, is_ordered):
+    m = x.size // x.shape[-1]
+    if pick_kernel(m, _device.current().arch) == "mma" and joined.shares_order:
+        config = pick_config(current_problem(m, joined, is_gated=True))
+        if config.warps_n % 2 == 0:
+            _launch_fused(x, joined, out, m, workspace, config, is_ordered=is_ordered, gate=GATES[activation])
+            return
+    gate, up = out, joined.xp.empty_like(out)
+    for q, y in zip(joined.matrices, (gate, up), strict=True):
+        _launch_qmatmul(x, q, y, workspace, None, is_ordered, False)
+    launch_activate(GATES[activation], gate, up, out)
 
 
-def _launch_qmatmul(x, q, out, workspace):
-    m = x.size // q.k
-    if m > FUSED_ROWS:
-        _launch_dequantised(x.reshape(m, q.k), q, out.reshape(m, q.n))
-    else:
-        _launch_fused(x, q, out, m, workspace, _config(q, m))
+def _invariant_config(m, q):
+    """A cut in which the order of a row's sums is the same whatever m: slices, chunks and warps of one row's, up to 16 rows."""
+    one, problem = pick_config(current_problem(1, q)), current_problem(16, q)
+    warps_k = one.warps_k
+    while (config := make_config(problem, 2, one.warps_n, warps_k, 2, one.slices)) is None:
+        warps_k //= 2  # 16 rows need more shared memory
+    return config if m > 8 else dataclasses.replace(config, m_tiles=1)
 
 
-def _launch_fused(x, q, out, m, workspace, config):
-    tiles, layout = q.tiles, q.tiles.layout
-    partials, gathered = _workspace_parts(q, m, config)
-    arrived, space = split_workspace(workspace, (partials, gathered), m, x=x, out=out)
-    if _is_gathered(x, q):
-        x = _launch_gather(x, q, space[partials : partials + gathered], m)
-    grid = (-(-layout.column_tiles // config.warps_n), config.slices, -(-m // (8 * config.m_tiles)))
-    sizes = (m, q.n, layout.padded_n, layout.words_per_column_tile, config.slice_blocks, config.chunk_blocks)
-    arguments = (
-        x, tiles.words, tiles.scales, tiles.zeros, tiles.block_group, q.bias, out, space, arrived,
-        *map(np.int32, sizes), np.bool_(out.dtype != x.dtype), *map(np.int32, layout.width_blocks),
+def _invariant_rows(q):
+    """So many rows at a time: each 16 of them have counters of their own."""
+    return 16 * min(1024, max(1, COUNTERS // q.column_tiles))
+
+
+def _launch_invariant(x, q, out, workspace, *, residual, **placed):
+    step = _invariant_rows(q)
+    for first in range(0, len(x), step):
+        rows = slice(first, first + step)
+        config = _invariant_config(len(x[rows]), q)
+        part = None if residual is None else residual[rows]
+        _launch_fused(x[rows], q, out[rows], len(x[rows]), workspace, config, residual=part, **placed)
+
+
+def _launch_fused(
+    x, joined, out, m, workspace, config, *, residual=None, is_ordered=False, gate="PLAIN", y_stride=None, first_column=0
+):
+    partials, gathered = workspace_parts(m, joined, config)
+    arrived, space = split_workspace(workspace, (partials, gathered), m, x=x, out=out, residual=residual)
+    order = None if is_ordered else joined.order
+    # Inside the product each thread block would gather anew, at a 32-byte sector for every 2-byte value; and its copies of x
+    # take 16 bytes.
+    if order is not None or byte_bounds(x)[0] % 16 != 0:
+        x = _launch_gather(x, order, space[partials : partials + gathered], m, joined.blocks)
+    y_stride = (joined.matrices[0].n if gate != "PLAIN" else joined.n) if y_stride is None else y_stride
+    if first_column:
+        out, residual = (None if a is None else a.reshape(-1)[first_column:] for a in (out, residual))
+    sizes = (
+        len(joined.matrices), joined.column_tiles, joined.blocks, config.slices, config.slice_steps, config.chunk_steps, m,
+        y_stride,
     )  # fmt: skip
-    kernel = product_instance("qmatmul", x.dtype, tiles.zeros is not None, layout.width_blocks, config)
-    launch(kernel, grid, (32 * config.warps_n * config.warps_k,), arguments, config.shared_bytes)
+    arguments = (
+        joined.rows, x, out, residual, space, arrived, *map(np.int32, sizes),
+        np.bool_(out.dtype != x.dtype),
+    )  # fmt: skip
+    kernel = product_instance("qmatmul", x.dtype, joined, config, gate)
+    launch(kernel, (config.thread_blocks, -(-m // (8 * config.m_tiles))), (config.threads,), arguments, config.shared_bytes)
 
 
-def _launch_gather(x, q, space, m):
-    count = q.tiles.layout.blocks * TILE
+def _launch_gather(x, order, space, m, blocks):
+    count = blocks * TILE
     gathered = space.view(x.dtype)
-    arguments = (x, q.tiles.rows, gathered, *map(np.int32, (m, q.k, count)))
-    launch(_gather_instance(x.dtype), (-(-count // 256), m), (128,), arguments)
+    arguments = (x, order, gathered, *map(np.int32, (m, x.shape[-1], count)))
+    launch(_gather_instance(x.dtype), (-(-count // 256), min(m, 65535)), (128,), arguments)
     return gathered
 
 
@@ -180,75 +293,49 @@ def _gather_instance(dtype):
     return instance("gather_columns", dtype)
 
 
-def product_instance(kernel, dtype, has_zeros, width_blocks, config):
-    """Of qmatmul or qmatmul_grouped, for the widths whose count in width_blocks is not 0."""
-    widths = sum(1 << bits for bits, count in zip(WIDTHS_IN_ORDER, width_blocks, strict=True) if count)
-    return instance(kernel, dtype, has_zeros, widths, config.m_tiles, config.warps_n, config.warps_k)
+def product_instance(kernel, dtype, matrices, config, *gate):
+    """Of qmatmul or qmatmul_grouped, for the widths that the matrices (a JoinedQMatrix or QMatrixGroup) have."""
+    return _product_instance(kernel, dtype, matrices.kind == "gptq", matrices.width_blocks, config, *gate)
 
 
-def _launch_dequantised(x, q, out):
+def _product_instance(kernel, dtype, has_zeros, width_blocks, config, *gate):
+    widths = sum(1 << bits for bits in widths_present(width_blocks))
+    return instance(kernel, dtype, has_zeros, widths, config.m_tiles, config.warps_n, config.warps_k, config.slots, *gate)
+
+
+def _launch_dequantised(x, q, out, first_column, residual, is_ordered):
     """Column chunks of the weights, reconstructed into scratch that stays small, times x by cuBLAS."""
-    chunk = max(TILE, _MAX_SCRATCH_BYTES // (2 * q.k) // TILE * TILE)
-    scratch = q.xp.empty(q.k * min(chunk, q.tiles.layout.padded_n), x.dtype)
+    k = x.shape[1]
+    chunk = max(TILE, _MAX_SCRATCH_BYTES // (2 * k) // TILE * TILE)
+    scratch = q.xp.empty(k * min(chunk, q.tiles.layout.padded_n), x.dtype)
+    has_residual = residual is not None
+    if has_residual:  # what the product is accumulated onto, in fp32
+        fill_rows(q.bias, residual, out, first_column, q.n, out.shape[1])
     for first in range(0, q.n, chunk):
         columns = min(chunk, q.n - first)
-        weight = scratch[: q.k * columns].reshape(q.k, columns)
-        _launch_reconstruct(q, weight, first)
-        multiply_into(out, x, weight, first_column=first, bias=q.bias)
-
-
-@accepts_dlpack
-def reconstruct(q, *, out=None):
-    """W float16 [k, n]: the weights of the QMatrix `q` as the format defines them, bit for bit, rows in the model's order.
-
-    EXL2: RN16((code - 2**(bits-1)) * scale), GPTQ: RN16((code - zero) * scale). The bias is not part of W.
-    Raises TypeError for anything but a QMatrix, ValueError / TypeError for an unfit out.
-    """
-    if not isinstance(q, QMatrix):
-        raise TypeError(f"q must be a QMatrix (see QMatrix.from_tensors), got {type(q).__name__}")
-    out = output(q.xp, out, (q.k, q.n), float16)
-    if q.xp is np:
-        out[...] = reconstruct_reference(q)
-    else:
-        _launch_reconstruct(q, out, 0)
-    return out
-
-
-def reconstruct_reference(q):
-    return q.dense
-
-
-def _launch_reconstruct(q, out, first_column):
-    tiles, layout = q.tiles, q.tiles.layout
-    columns = out.shape[1]
-    launch(
-        _reconstruct_instance(out.dtype, tiles.zeros is not None),
-        (-(-columns // TILE), -(-layout.blocks // 4)),
-        (128,),
-        (
-            tiles.words, tiles.scales, tiles.zeros, tiles.block_bits, tiles.block_start, tiles.block_group, tiles.rows, out,
-            *map(np.int32, (first_column // TILE, columns, layout.blocks, layout.padded_n, layout.words_per_column_tile)),
-        ),
-    )  # fmt: skip
-
-
-def _reconstruct_instance(dtype, has_zeros):
-    return instance("reconstruct", dtype, has_zeros)
+        weight = scratch[: k * columns].reshape(k, columns)
+        launch_reconstruct(q, weight, first, stored_order=is_ordered)
+        bias = None if q.bias is None or has_residual else q.bias[first : first + columns]
+        multiply_into(out, x, weight, first_column=first_column + first, bias=bias, beta=float(has_residual))
 
 
 def _instances():
-    sixteen_bit = (float16, bfloat16)
-    yield from map(_gather_instance, sixteen_bit)
-    yield from (_reconstruct_instance(dtype, zeros) for dtype in sixteen_bit for zeros in (False, True))
-    one_width = [tuple(int(bits == w) for w in WIDTHS_IN_ORDER) for bits in WIDTHS_IN_ORDER]
-    for m in (1, 64):
-        config = pick_config(m, 4096, 128, 132)
-        for dtype in sixteen_bit:
-            yield from (product_instance("qmatmul", dtype, False, counts, config) for counts in (*one_width, (1,) * 6))
-            yield from (
-                product_instance("qmatmul", dtype, True, counts, config) for counts in one_width if not counts[1] | counts[2]
-            )
+    yield from map(_gather_instance, (float16, bfloat16))
+    widths = [tuple(int(i == j) for j in range(6)) for i in range(6)]
+    four, every = widths[3], (1,) * 6
+    few = [(float16, False, counts) for counts in widths] + [(bfloat16, False, four), (float16, True, four)]
+    for m, cases in (
+        (1, [*few, (float16, False, every), (bfloat16, True, widths[0])]),
+        (8, [(float16, False, four)]),
+        (16, [(float16, False, every), (float16, True, four)]),
+        (64, [(bfloat16, False, four), (float16, True, four), (float16, False, every)]),
+    ):
+        for dtype, has_zeros, counts in cases:
+            config = pick_config(Problem(m, 128, 128, widths_present(counts), has_zeros, 132, 90))
+            yield _product_instance("qmatmul", dtype, has_zeros, counts, config, "PLAIN")
+    config = pick_config(Problem(1, 256, 128, (4,), False, 132, 90, 2, True))
+    yield _product_instance("qmatmul", float16, False, four, config, "SILU")
 
 
 INSTANCES = list(_instances())
-"""Every single width and all at once; mixtures of other models are compiled when first used."""
+"""Every width, all at once, and each kind of thread block; what else a model needs is compiled when it is loaded."""

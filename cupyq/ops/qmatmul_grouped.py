@@ -7,7 +7,8 @@ from cupyq._arrays import accepts_dlpack, bfloat16, byte_bounds, check, float16,
 from cupyq._kernels import instance, launch
 from cupyq.formats.tiles import TILE
 from cupyq.ops._common import refuse_overlap, store
-from cupyq.ops.qmatmul import COUNTERS, pick_config, product_instance, qmatmul_reference, split_workspace, workspace_parts
+from cupyq.ops.qmatmul import product_instance, qmatmul_reference, split_workspace, workspace_parts
+from cupyq.ops.qmatmul_config import COUNTERS, Problem, pick_config, widths_present
 from cupyq.ops.qmatrix_group import QMatrixGroup
 from cupyq.ops.routing import TILE_ROWS, RowGroups
 
@@ -68,12 +69,22 @@ def qmatmul_grouped_workspace_size(matrices, groups):
 
 
 def _config(matrices, groups):
-    sm_count = _device.current().sm_count
-    return pick_config(groups.tile_rows, matrices.n, matrices.blocks, sm_count, row_tiles=len(groups.tiles))
+    device = _device.current()
+    problem = Problem(
+        groups.tile_rows,
+        matrices.column_tiles,
+        matrices.blocks,
+        widths_present(matrices.width_blocks),
+        matrices.kind == "gptq",
+        device.sm_count,
+        _device.arch_number(device.arch),
+        row_tiles=len(groups.tiles),
+    )
+    return pick_config(problem)
 
 
 def _workspace_parts(matrices, groups, config):
-    return workspace_parts(groups.rows * groups.top_k, matrices.padded_n, matrices.blocks, config)
+    return workspace_parts(groups.rows * groups.top_k, matrices, config)
 
 
 def _launch_qmatmul_grouped(x, matrices, groups, out, workspace):
@@ -87,15 +98,17 @@ def _launch_qmatmul_grouped(x, matrices, groups, out, workspace):
         grid = (-(-x_stride // 256), min(len(groups.tiles), 65535))
         launch(_gather_instance(x.dtype), grid, (128,), (given, matrices.table, groups.tiles, groups.order, x, *sizes))
         pairs_per_row = 1
-    column_blocks = -(-matrices.n // (TILE * config.warps_n))
-    sizes = (pairs, pairs_per_row, matrices.n, matrices.padded_n, x_stride, column_blocks)
-    arguments = (
-        x, matrices.table, groups.tiles, groups.order, out, space, arrived,
-        *map(np.int32, (*sizes, config.slice_blocks, config.chunk_blocks)), np.bool_(out.dtype != x.dtype),
+    sizes = (
+        pairs, pairs_per_row, matrices.column_tiles, x_stride, min(groups.tile_rows, 8 * config.m_tiles), config.slices,
+        config.slice_steps, config.chunk_steps,
     )  # fmt: skip
-    kernel = product_instance("qmatmul_grouped", x.dtype, matrices.kind == "gptq", matrices.width_blocks, config)
-    grid = (column_blocks * len(groups.tiles), config.slices)
-    launch(kernel, grid, (32 * config.warps_n * config.warps_k,), arguments, config.shared_bytes)
+    arguments = (
+        matrices.table, x, groups.tiles, groups.order, out, space, arrived, *map(np.int32, sizes),
+        np.bool_(out.dtype != x.dtype),
+    )  # fmt: skip
+    kernel = product_instance("qmatmul_grouped", x.dtype, matrices, config)
+    items = -(-matrices.column_tiles // config.warps_n) * config.slices
+    launch(kernel, (items, len(groups.tiles)), (config.threads,), arguments, config.shared_bytes)
 
 
 def _gather_instance(dtype):
@@ -103,14 +116,17 @@ def _gather_instance(dtype):
 
 
 def _instances():
-    four_bits, all_widths = (0, 0, 0, 1, 0, 0), (1,) * 6
     for dtype in (float16, bfloat16):
         yield _gather_instance(dtype)
-        for tile_rows in (TILE_ROWS[0], TILE_ROWS[-1]):
-            config = pick_config(tile_rows, 4096, 128, 132, row_tiles=8)
-            for has_zeros, counts in ((False, four_bits), (False, all_widths), (True, four_bits)):
-                yield product_instance("qmatmul_grouped", dtype, has_zeros, counts, config)
+    for dtype, tile_rows, has_zeros, widths in (
+        (float16, TILE_ROWS[0], False, (4,)),
+        (float16, TILE_ROWS[0], False, (8, 6, 5, 4, 3, 2)),
+        (bfloat16, TILE_ROWS[-1], True, (4,)),
+    ):
+        config = pick_config(Problem(tile_rows, 128, 128, widths, has_zeros, 132, 90, row_tiles=8))
+        sizes = (config.m_tiles, config.warps_n, config.warps_k, config.slots)
+        yield instance("qmatmul_grouped", dtype, has_zeros, sum(1 << bits for bits in widths), *sizes)
 
 
 INSTANCES = list(_instances())
-"""Four bits and all widths at once; other mixtures are compiled when first used."""
+"""Of each kind one; what a model needs is compiled when it is loaded."""

@@ -5,10 +5,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from cupyq._arrays import float16, is_cupy, native, require_cupy
+from cupyq._arrays import FLOATS, float16, is_cupy, native, require_cupy
 from cupyq._kernels import instance, launch
 from cupyq.errors import FormatError
 from cupyq.formats import exl2, gptq, tiles
+from cupyq.ops.matrix_table import joined_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -17,12 +18,12 @@ class DeviceTiles:
 
     layout: tiles.TileLayout
     words: object  # uint32 [column tiles * words_per_column_tile]
-    scales: object  # float16 [groups, padded_n]
-    zeros: object  # float16 [groups, padded_n], or None: the zero is 2**(bits - 1)
+    scales: object  # float16 [column tiles, groups, 32]; groups are those that have rows
+    zeros: object  # float16 [column tiles, groups, 32], or None: the zero is 2**(bits - 1)
     block_bits: object  # int32 [blocks]
     block_start: object  # int32 [blocks]: first word inside a column tile
-    block_group: object  # int32 [blocks]
-    rows: object  # int32 [32 * blocks], or None: identity
+    block_group: object  # int32 [blocks]: from 0, rising by 0 or 1
+    rows: object  # int32 [32 * blocks]: stored row -> row of W, -1 for padding; None: identity
 
     @property
     def nbytes(self):
@@ -88,6 +89,37 @@ class QMatrix:
     def shape(self):
         return self.k, self.n
 
+    @property
+    def order(self):
+        """int32 [32 * blocks] on the GPU: stored row -> column of x, -1 for padding; None: identity, as always on NumPy."""
+        return None if self.tiles is None else self.tiles.rows
+
+    # What it shares with JoinedQMatrix, where it is the only matrix. On a GPU:
+
+    shares_order = True
+
+    @property
+    def matrices(self):
+        return (self,)
+
+    @property
+    def blocks(self):
+        return self.tiles.layout.blocks
+
+    @property
+    def column_tiles(self):
+        return self.tiles.layout.column_tiles
+
+    @property
+    def width_blocks(self):
+        """Blocks of width 8, 6, 5, 4, 3 and 2."""
+        return self.tiles.layout.width_blocks
+
+    @functools.cached_property
+    def rows(self):
+        """numpy.void: struct Matrices of cu/matrix.cuh."""
+        return joined_rows((self,))
+
     @functools.cached_property
     def dense(self):
         """float32 [k, n], NumPy matrices only: the fp16 weights, exactly. Kept, as a NumPy model needs them at every step."""
@@ -114,18 +146,31 @@ def _library(tensors, large):
     if len(set(on_gpu.values())) > 1:
         here, there = (next(k for k, v in on_gpu.items() if v is side) for side in (True, False))
         raise TypeError(f"{here} is a CuPy array and {there} a NumPy array: put both in one place")
-    devices = {tensors[key].device.id for key in on_gpu if on_gpu[key]}
+    if not any(on_gpu.values()):
+        return np
+    on_gpu["bias"] = is_cupy(tensors.get("bias"))
+    devices = {tensors[key].device.id for key, is_there in on_gpu.items() if is_there}
     if len(devices) > 1:
-        raise ValueError(f"{', '.join(on_gpu)} are on different GPUs {sorted(devices)}: move them to one")
-    return require_cupy() if devices else np
+        names = ", ".join(key for key, is_there in on_gpu.items() if is_there)
+        raise ValueError(f"{names} are on different GPUs {sorted(devices)}: move them to one")
+    return require_cupy()
 
 
 def _float32_bias(tensors, xp):
+    """The bias in float32, an array of its own. A GPU's is not sent through the host, which would wait for it."""
     bias = tensors.get("bias")
     if bias is None:
         return None
-    host = bias.get() if is_cupy(bias) else bias
-    return xp.asarray(host.astype(np.float32))
+    if xp is np or not is_cupy(bias):
+        host = bias.get() if is_cupy(bias) else bias
+        return xp.asarray(host.astype(np.float32))
+    widened = xp.empty(bias.shape, np.float32)
+    launch(_widen_instance(bias.dtype), (-(-bias.size // 256),), (256,), (bias, widened, np.int32(bias.size)))
+    return widened
+
+
+def _widen_instance(dtype):
+    return instance("widen_bias", dtype, file="repack")
 
 
 def _from_exl2(tensors, prescale, name):
@@ -135,23 +180,21 @@ def _from_exl2(tensors, prescale, name):
         kind="exl2",
         k=layout.k,
         n=layout.n,
-        bits=tuple(dict.fromkeys(int(b) for b in layout.bits)),
+        bits=tuple(dict.fromkeys(layout.bits.tolist())),
         group_count=layout.group_count,
         storage_bits=exl2.exl2_size_bits(layout, has_bias="bias" in tensors),
         xp=xp,
-        bias=_float32_bias(tensors, xp),
         name=name,
     )
     if xp is np:
-        return QMatrix(**common, _dequantize=lambda: exl2.dequantize_exl2(tensors, prescale=prescale, name=name))
+        dequantize = functools.partial(exl2.dequantize_exl2, tensors, prescale=prescale, name=name)
+        return QMatrix(**common, bias=_float32_bias(tensors, xp), _dequantize=dequantize)
     with tensors["q_weight"].device:
-        tile_layout = tiles.exl2_tiles(layout, perm)
-        scales = xp.empty((layout.group_count, tile_layout.padded_n), np.float16)
-        grid = (layout.group_count, -(-tile_layout.padded_n // 256))
-        base = xp.asarray(exl2.scale_base(tensors["q_scale_max"], prescale))
-        arguments = (tensors["q_scale"], base, scales, np.int32(layout.n), np.int32(tile_layout.padded_n))
-        launch(instance("exl2_scales", file="repack"), grid, (256,), arguments)
-        return QMatrix(**common, tiles=_device_tiles(xp, tile_layout, tensors["q_weight"], scales, None))
+        device_tiles, base = _device_tiles(
+            xp, tiles.exl2_tiles(layout, perm), tensors["q_weight"], exl2.scale_base(tensors["q_scale_max"], prescale)
+        )
+        _launch_columns("exl2_scales", device_tiles.scales, layout.n, (tensors["q_scale"], base))
+        return QMatrix(**common, bias=_float32_bias(tensors, xp), tiles=device_tiles)
 
 
 def _from_gptq(tensors, options):
@@ -165,56 +208,69 @@ def _from_gptq(tensors, options):
         group_count=layout.group_count,
         storage_bits=8 * sum(tensors[key].nbytes for key in ("qweight", "qzeros", "scales", "g_idx") if key in tensors),
         xp=xp,
-        bias=_float32_bias(tensors, xp),
         name=options["name"],
     )
     if xp is np:
-        return QMatrix(**common, _dequantize=lambda: gptq.dequantize_gptq(tensors, **options))
+        dequantize = functools.partial(gptq.dequantize_gptq, tensors, **options)
+        return QMatrix(**common, bias=_float32_bias(tensors, xp), _dequantize=dequantize)
     with tensors["qweight"].device:
-        tile_layout = tiles.gptq_tiles(layout)
-        columns = (np.int32(layout.n), np.int32(tile_layout.padded_n))
-        grid = (layout.group_count, -(-tile_layout.padded_n // 256))
-        scales = tensors["scales"]
+        device_tiles, _ = _device_tiles(xp, tiles.gptq_tiles(layout), tensors["qweight"], None)
+        scales, qzeros = tensors["scales"], tensors["qzeros"]
         if scales.dtype != float16:  # rare and small: rounded, and checked for overflow, on the host
             scales = xp.asarray(gptq.gptq_scales(scales.get(), options["name"]))
-        padded_scales = xp.empty((layout.group_count, tile_layout.padded_n), np.float16)
-        launch(instance("pad_columns", file="repack"), grid, (256,), (scales, padded_scales, *columns))
-        zeros = xp.empty_like(padded_scales)
-        rule = map(np.int32, gptq.zero_rule(options["zeros"], layout.bits))
-        arguments = (tensors["qzeros"], zeros, *columns, np.int32(layout.bits), *rule)
-        launch(instance("gptq_zeros", file="repack"), grid, (256,), arguments)
-        return QMatrix(**common, tiles=_device_tiles(xp, tile_layout, tensors["qweight"], padded_scales, zeros))
+        if device_tiles.layout.groups < layout.group_count:
+            used = xp.asarray(np.flatnonzero(layout.group_rows))
+            scales, qzeros = scales[used], qzeros[used]
+        _launch_columns("gptq_scales", device_tiles.scales, layout.n, (scales,))
+        rule = map(np.int32, (layout.bits, *gptq.zero_rule(options["zeros"], layout.bits)))
+        _launch_columns("gptq_zeros", device_tiles.zeros, layout.n, (qzeros,), rule)
+        return QMatrix(**common, bias=_float32_bias(tensors, xp), tiles=device_tiles)
 
 
-def _device_tiles(xp, layout, packed, scales, zeros):
-    start = (np.cumsum(layout.block_bits) - layout.block_bits) * tiles.TILE
+def _device_tiles(xp, layout, packed, base):
+    """(DeviceTiles of the packed words whose scales and zeros are still empty, base on the GPU).
+
+    With a base there are no zeros. Small tables travel in one copy.
+    """
+    tables = (layout.row, layout.block_bits, layout.block_start, layout.block_group, base)
+    rows, block_bits, block_start, block_group, base = _upload(xp, tables)
+    scales = xp.empty((layout.column_tiles, layout.groups, tiles.TILE), np.float16)
     words = xp.empty(layout.words, np.uint32)
-    result = DeviceTiles(
-        layout=layout,
-        words=words,
-        scales=scales,
-        zeros=zeros,
-        block_bits=xp.asarray(layout.block_bits),
-        block_start=xp.asarray(start.astype(np.int32)),
-        block_group=xp.asarray(layout.block_group),
-        rows=None if layout.row is None else xp.asarray(layout.row),
-    )
+    packed_rows = None if layout.packed_row is None else rows
+    sizes = map(np.int32, (layout.n, layout.blocks, layout.words_per_column_tile))
     launch(
         instance("repack_weights", file="repack"),
         (layout.column_tiles, -(-layout.blocks // 8)),
         (256,),
-        (
-            packed,
-            xp.asarray(layout.bit_offset),
-            result.block_bits,
-            result.block_start,
-            words,
-            np.int32(layout.n),
-            np.int32(layout.blocks),
-            np.int32(layout.words_per_column_tile),
-        ),
+        (packed, packed_rows, block_bits, block_start, words, *sizes),
     )
-    return result
+    zeros = xp.empty_like(scales) if base is None else None
+    return DeviceTiles(layout, words, scales, zeros, block_bits, block_start, block_group, rows), base
 
 
-INSTANCES = [instance(name, file="repack") for name in ("repack_weights", "exl2_scales", "gptq_zeros", "pad_columns")]
+def _upload(xp, tables):
+    """The NumPy arrays (or None) on the GPU: views of one buffer, each at a multiple of 128 bytes."""
+    starts, size = [], 0
+    for table in tables:
+        starts.append(size)
+        size += 0 if table is None else -(-table.nbytes // 128) * 128
+    host = np.empty(size, np.uint8)
+    for start, table in zip(starts, tables, strict=True):
+        if table is not None:
+            host[start : start + table.nbytes] = table.view(np.uint8)
+    device = xp.asarray(host)
+    return [
+        None if table is None else device[start : start + table.nbytes].view(table.dtype)
+        for start, table in zip(starts, tables, strict=True)
+    ]
+
+
+def _launch_columns(name, out, n, inputs, rest=()):
+    """A kernel of repack.cu that writes [column tiles, groups, 32]."""
+    column_tiles, groups, _ = out.shape
+    arguments = (*inputs, out, np.int32(n), np.int32(groups), *rest)
+    launch(instance(name, file="repack"), (column_tiles, -(-groups // 8)), (256,), arguments)
+
+
+INSTANCES = [instance(name, file="repack") for name in ("repack_weights", "exl2_scales", "gptq_scales", "gptq_zeros")]
+INSTANCES += [_widen_instance(dtype) for dtype in FLOATS]

@@ -4,15 +4,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from cupyq.ops.matrix_table import TABLE_ROW, write_row
 from cupyq.ops.qmatrix import QMatrix
-
-_POINTERS = ("tiles", "scales", "zeros", "block_group", "rows", "bias")
-
-_TABLE_ROW = np.dtype(
-    [(name, np.uint64) for name in _POINTERS]
-    + [("words_per_column_tile", np.int32), ("width_blocks", np.int32, 6), ("blocks", np.int32)]
-)
-"""struct Matrix of cu/matrix.cuh."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,11 +21,11 @@ class QMatrixGroup:
     n: int
     xp: object
     # On a GPU:
-    padded_n: int = 0
+    column_tiles: int = 0
     blocks: int = 0  # of the matrix that has most
     width_blocks: tuple = ()  # the most blocks of width 8, 6, 5, 4, 3 and 2
     is_permuted: bool = False  # whether any stored row order differs from the model's
-    table: object = field(default=None, repr=False)  # uint8: one _TABLE_ROW for each matrix
+    table: object = field(default=None, repr=False)  # uint8: one TABLE_ROW for each matrix
 
     @classmethod
     def from_matrices(cls, matrices):
@@ -53,7 +46,7 @@ class QMatrixGroup:
         layouts = [q.tiles.layout for q in matrices]
         return cls(
             **common,
-            padded_n=layouts[0].padded_n,
+            column_tiles=layouts[0].column_tiles,
             blocks=max(layout.blocks for layout in layouts),
             width_blocks=tuple(map(max, zip(*(layout.width_blocks for layout in layouts), strict=True))),
             is_permuted=any(q.tiles.rows is not None for q in matrices),
@@ -72,14 +65,8 @@ def _traits(q):
 
 
 def _table(matrices):
-    rows = np.zeros(len(matrices), _TABLE_ROW)
+    rows = np.zeros(len(matrices), TABLE_ROW)
     for row, q in zip(rows, matrices, strict=True):
-        tiles = q.tiles
-        arrays = (tiles.words, tiles.scales, tiles.zeros, tiles.block_group, tiles.rows, q.bias)
-        for name, array in zip(_POINTERS, arrays, strict=True):
-            row[name] = 0 if array is None else array.data.ptr
-        row["words_per_column_tile"] = tiles.layout.words_per_column_tile
-        row["width_blocks"] = tiles.layout.width_blocks
-        row["blocks"] = tiles.layout.blocks
+        write_row(row, q)
     with matrices[0].tiles.words.device:
         return matrices[0].xp.asarray(rows.view(np.uint8))

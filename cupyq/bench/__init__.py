@@ -1,0 +1,38 @@
+"""Benchmarks: verify, then time, against the limits of this machine and the peers that are present.
+
+`cupyq bench` on the command line. Nothing of the package but `cli` imports this folder.
+"""
+
+import contextlib
+
+
+def run(arguments):
+    """(JSON object, exit code) of `cupyq bench` with the arguments of `arguments.add_arguments`."""
+    # Imported here: the command line looks at this package before anything heavy may be loaded.
+    if arguments.family == "model":
+        from cupyq.bench import model
+
+        with _lines(arguments.out_file) as lines:
+            return {"rows": model.run(arguments, arguments.out, lines)}, 0
+    from cupyq.bench import qmatmul, sweep
+
+    if arguments.family is None:
+        options = qmatmul.Options.parse(is_quick=True)
+        rows, is_right = qmatmul.run(options, arguments.out)
+        return {"rows": rows}, 0 if is_right else 1
+    options = qmatmul.Options.parse(
+        arguments.shapes,
+        arguments.bits,
+        arguments.rows,
+        arguments.dtype,
+        arguments.peers,
+        arguments.exllamav2,
+        arguments.quick,
+    )
+    with _lines(arguments.out_file) as lines:
+        rows, is_right = (sweep if arguments.sweep else qmatmul).run(options, arguments.out, lines)
+    return {"rows": rows}, 0 if is_right else 1
+
+
+def _lines(path):
+    return contextlib.nullcontext() if path is None else open(path, "a", encoding="utf-8")

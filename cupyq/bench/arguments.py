@@ -1,0 +1,86 @@
+"""Options of `cupyq bench`. Imports nothing: the command line is built before anything heavy is loaded."""
+
+import argparse
+
+FAMILIES = """\
+families:
+  qmatmul   products with quantized weights, every width and number of rows, beside cuBLAS, PyTorch's int4 and exllamav2
+  model     a model of random weights: tokens per second, loading, the first token
+
+Without a family: a short qmatmul table. Everything is verified before it is timed, and compared with what this machine can
+do at most, measured in the same run.
+"""
+
+
+def _format(prog):
+    return argparse.RawDescriptionHelpFormatter(prog, max_help_position=28, width=120)
+
+
+def add_arguments(parser, whole):
+    """`whole(low)` reads a whole number of at least `low`."""
+    families = parser.add_subparsers(dest="family", metavar="FAMILY")
+    parser.epilog = FAMILIES
+    parser.formatter_class = _format
+    _add_qmatmul(_family(families, "qmatmul"), whole)
+    _add_model(_family(families, "model"), whole)
+
+
+def _family(families, name):
+    sub = families.add_parser(name, formatter_class=_format)
+    # Not given here, it keeps what `cupyq bench --json` may have set.
+    sub.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print one JSON object at the end")
+    sub.add_argument("--out", dest="out_file", metavar="FILE", help="also append each row to FILE, one JSON object a line")
+    return sub
+
+
+def _add_qmatmul(sub, whole):
+    sub.add_argument("--shapes", metavar="KxN,...", help="default: the matrices of 7, 8 and 70 B models, and a head")
+    sub.add_argument("--bits", metavar="KIND,...", help="such as 4, 4-g32, 2.5, 4.65, gptq-g32, gptq8-g128, gptq-act")
+    sub.add_argument("--rows", metavar="M,...", help="rows of x; default 1 to 4096")
+    sub.add_argument("--dtype", choices=("float16", "bfloat16"), default="float16", help="of x; default float16")
+    sub.add_argument("--peers", metavar="NAME,...", help="of cublas, int4, exllamav2, or none; default: those present")
+    sub.add_argument("--exllamav2", metavar="DIR", help="folder of a built exllamav2_ext*.so, where Python does not find it")
+    sub.add_argument("--quick", action="store_true", help="three shapes and widths, and few rows: under a minute")
+    sub.add_argument("--sweep", action="store_true", help="time every sensible configuration against the one in use")
+
+
+def _add_model(sub, whole):
+    sub.add_argument(
+        "--shape", default="llama-3.1-8b", help="llama-3.1-8b (default), llama-3.1-70b, mistral-7b, qwen2.5-7b, tiny"
+    )
+    sub.add_argument("--bits", default="4", help="EXL2 width or mixture of the decoder's layers; default 4")
+    sub.add_argument("--head-bits", type=whole(1), default=6, metavar="B", help="default 6")
+    sub.add_argument("--layers", type=whole(1), metavar="N", help="fewer layers, for a quick run")
+    sub.add_argument(
+        "--context",
+        type=lengths,
+        default=(128, 2048, 4096),
+        metavar="N,...",
+        help="decode after so many tokens; default 128,2048,4096; 0 for none",
+    )
+    sub.add_argument("--steps", type=whole(1), default=128, metavar="N", help="tokens decoded for each; default 128")
+    sub.add_argument("--sampled", action="store_true", help="draw tokens with the default sampler settings, not greedily")
+    sub.add_argument(
+        "--prefill",
+        type=lengths,
+        default=(2048, 4096),
+        metavar="N,...",
+        help="tokens of prompts; default 2048,4096; 0 for none",
+    )
+    sub.add_argument("--kernels", action="store_true", help="the time of each kernel of a step, by PyTorch's profiler")
+    sub.add_argument("--load", action="store_true", help="write the model, load it in new processes, time the first token")
+    sub.add_argument("--folder", metavar="DIR", help="where --load writes; default: in memory if there is room")
+    sub.add_argument("--backend", choices=("auto", "numpy", "cupy"), default="auto", help="default: cupy where a GPU is usable")
+
+
+def lengths(text):
+    """Positive numbers separated by commas; 0 alone is none of them."""
+    try:
+        values = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected numbers separated by commas, got {text!r}") from None
+    if values == (0,):
+        return ()
+    if min(values) < 1:
+        raise argparse.ArgumentTypeError(f"expected numbers of 1 or more, got {text!r}")
+    return values

@@ -1,0 +1,333 @@
+"""Decoding without the host in between: one step, from token ids to the next ones, as one CUDA graph."""
+
+import contextlib
+import gc
+import secrets
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from cupyq.models.sampler import MAX_SEED, Sampler, SamplerSettings
+from cupyq.ops.attention import kv_length_bucket
+
+
+class Decoder:
+    """Continues the texts of a batch, a token of each at every step; `Model.decoder` makes one.
+
+    A step feeds the tokens drawn last and draws the next ones: embedding, layers, head, penalties, sampling. What it
+    depends on, ids, positions, counters and texts, lies in fixed arrays on the device and is moved on there. So on a GPU
+    all launches of a step are one graph, replayed for as long as the number of keys stays in one bucket (over how many
+    blocks attention spreads its keys is decided by the host): the first step in a bucket runs launch by launch and is
+    then captured. Steps are queued on a stream of the decoder's own, ordered by events behind what the caller has queued
+    on CuPy's current stream and before what comes there next. On NumPy the same steps run at once.
+
+    `capacity`: tokens of each text that can be fed. `length`: tokens of the longest text, prompt included. `seed`.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        batch: int = 1,
+        max_len: int | None = None,
+        *,
+        settings: SamplerSettings | None = None,
+        seed: int | None = None,
+        adapters: Any = None,
+        graph: bool = True,
+    ):
+        settings = SamplerSettings() if settings is None else settings
+        if not isinstance(settings, SamplerSettings):
+            raise TypeError(f"settings must be SamplerSettings, got {type(settings).__name__}")
+        self.seed = _checked_seed(settings.seed if seed is None else seed)
+        self.model, self.batch = model, batch
+        self._adapters, self._selection = adapters, None
+        self._graphs: dict[int, Any] = {}
+        self._queue: Any = _Here() if model.xp is np else _OwnStream(model.xp, model.embedding.device.id)
+        self._uses_graphs = bool(graph) and self._queue.has_graphs
+        with self._queue.entered():
+            self._cache = model.new_cache(batch, max_len)
+            self.capacity = self._cache.capacity
+            # The last token drawn is never fed: a text may be one token longer than the cache.
+            sizes = {"batch": batch, "capacity": self.capacity + 1}
+            self._sampler = Sampler(settings, model.xp, model.config.vocab_size, seed=self.seed, **sizes)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the texts; memory and graphs stay."""
+        self.length = self._drawn = 0
+        self._select()
+
+    # --- prompts ---
+
+    def start(self, prompts: Any) -> Any:
+        """Begin new texts: pass the prompts, draw the first token of each -> int32 [batch], as `step` returns them.
+
+        prompts: whole numbers [batch, seq], as `Model.forward` takes them, or a list of `batch` lists of any lengths.
+        Raises TypeError / ValueError for wrong ids, and for prompts that are empty or longer than the cache.
+        """
+        rows = self._checked(prompts)
+        longest = max(row.shape[1] for row in rows)
+        if longest > self.capacity:
+            raise ValueError(f"prompts: {longest} tokens pass the decoder's max_len of {self.capacity}: make a larger decoder")
+        self.reset()
+        # A prompt passes on the caller's stream, with memory of the usual pool: that of the steps stays as it is.
+        self._queue.join()
+        logits = self._forward(rows)
+        self._sampler.start([row[0] for row in rows])
+        self._sampler.draw(logits)
+        self._queue.join()
+        self.length, self._drawn = longest + 1, 1
+        return self._newest()
+
+    def _checked(self, prompts: Any) -> list[Any]:
+        """int32 [1, seq] of each text."""
+        if isinstance(prompts, Sequence) and all(hasattr(prompt, "__len__") for prompt in prompts):
+            rows = [self.model.checked_ids(prompt) for prompt in prompts]
+        else:
+            ids = self.model.checked_ids(prompts)
+            rows = [ids[row : row + 1] for row in range(len(ids))]
+        if len(rows) != self.batch or any(len(row) != 1 for row in rows):
+            raise ValueError(f"prompts must be {self.batch} rows of ids, one for each text of the decoder, got {len(rows)}")
+        return rows
+
+    def _forward(self, rows: list[Any]) -> Any:
+        """Logits after the prompts, [batch, vocab], whose keys and values are put into the cache."""
+        model, adapters = self.model, self._adapters
+        if len({row.shape[1] for row in rows}) == 1:
+            self._cache.reset()
+            logits = model.forward(_stacked(model.xp, rows), self._cache, last_only=True, adapters=adapters)
+        else:
+            choices = adapters if isinstance(adapters, list) else [adapters] * self.batch
+            parts = [
+                model.forward(ids, self._cache.row(row), last_only=True, adapters=choice)
+                for row, (ids, choice) in enumerate(zip(rows, choices, strict=True))
+            ]
+            logits = _stacked(model.xp, parts)
+        return logits.reshape(self.batch, -1)
+
+    # --- steps ---
+
+    def step(self) -> Any:
+        """One step -> the tokens drawn, int32 [batch] on the device, where -1 stands for logits that are not finite.
+
+        The array keeps its values until the next `start`. The host waits for nothing. ValueError before the first `start`,
+        and where a text would outgrow max_len.
+        """
+        self._check_room(1)
+        with self._queue.entered():
+            self._queue_step()
+        return self._newest()
+
+    def run(self, n: int) -> Any:
+        """`n` steps -> the tokens drawn, a new array int32 [batch, n] on the device; otherwise as `step`."""
+        self._check_room(n)
+        with self._queue.entered():
+            for _ in range(n):
+                self._queue_step()
+        return self._sampler.tokens[self._drawn - n : self._drawn].T.copy(order="C")
+
+    def stream(self, count: int) -> Generator[np.ndarray, None, None]:
+        """Yield `count` times int32 [batch] on the host: the tokens drawn last, then those of `count` - 1 steps.
+
+        Each comes as soon as it is known; on a GPU up to two further steps are queued by then, so that it need not wait.
+        """
+        self._check_room(max(count - 1, 0))
+        landing = self._queue.landing(self.batch)
+        try:
+            for index in range(count):
+                if index:
+                    with self._queue.entered():
+                        self._queue_step()
+                landing.send(self._newest())
+                if index >= landing.ahead:
+                    yield landing.receive()
+            for _ in range(min(landing.ahead, count)):
+                yield landing.receive()
+        finally:
+            landing.close()
+
+    def _newest(self) -> Any:
+        return self._sampler.tokens[self._drawn - 1]
+
+    def _check_room(self, n: int) -> None:
+        if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 0:
+            raise ValueError(f"the number of steps must be a whole number of 0 or more, got {n!r}")
+        if not self._drawn:
+            raise ValueError("the decoder has no texts yet: call start(prompts) first")
+        most = self.capacity - self.length + 1
+        if n > most:
+            raise ValueError(f"{n} more steps pass the decoder's max_len of {self.capacity}: ask for at most {most}")
+
+    def _queue_step(self) -> None:
+        self._select()
+        bucket = kv_length_bucket(self.length, self.capacity)
+        graph = self._graphs.get(bucket)
+        if graph is not None:
+            graph.launch()
+        else:
+            memory = self._queue.memory_bytes()
+            self._compute(bucket)
+            if self._queue.memory_bytes() != memory:
+                self._graphs.clear()  # a pool that ran short has given back what is free now, where graphs have arrays
+            if self._uses_graphs:
+                self._graphs[bucket] = self._queue.captured(lambda: self._compute(bucket))
+        self.length += 1
+        self._drawn += 1
+
+    def _compute(self, bucket: int) -> None:
+        """What a step is: for all steps with up to `bucket` keys the same launches, with the same arguments."""
+        model, sampler = self.model, self._sampler
+        step = model.step(self._cache, 1, sampler.positions, sampler.lengths, bucket, self._selection)
+        logits = model.logits(model.hidden(sampler.ids[:, None], step), step)
+        sampler.draw(logits.reshape(self.batch, -1))
+
+    def _select(self) -> None:
+        """Look the adapters up again: where some were loaded or unloaded, graphs hold addresses of arrays that are gone."""
+        if self._adapters is not None:
+            selection = self.model.select_adapters(self._adapters, self.batch)
+            if selection is not self._selection:
+                self._graphs.clear()
+                self._selection = selection
+
+
+def _stacked(xp: Any, arrays: list[Any]) -> Any:
+    return arrays[0] if len(arrays) == 1 else xp.concatenate(arrays)
+
+
+def _checked_seed(seed: Any) -> int:
+    if seed is None:
+        return secrets.randbelow(MAX_SEED + 1)
+    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)):
+        raise TypeError(f"seed must be a whole number, got {type(seed).__name__}")
+    if not 0 <= seed <= MAX_SEED:
+        raise ValueError(f"seed must be from 0 to {MAX_SEED}, got {seed}")
+    return int(seed)
+
+
+# --- where steps run --------------------------------------------------------------------------------------------------
+
+
+class _Here:
+    """NumPy: at once."""
+
+    has_graphs = False
+
+    def entered(self) -> Any:
+        return contextlib.nullcontext()
+
+    def join(self) -> None:
+        pass
+
+    def memory_bytes(self) -> int:
+        return 0
+
+    def landing(self, batch: int) -> "_HostLanding":
+        return _HostLanding()
+
+
+class _OwnStream:
+    """A stream, and a pool of memory that nobody else is given: graphs keep addresses, whatever Python has freed."""
+
+    has_graphs = True
+
+    def __init__(self, xp: Any, device_id: int):
+        self.cuda, self.device_id = xp.cuda, device_id
+        with self.cuda.Device(device_id):
+            self.stream = self.cuda.Stream(non_blocking=True)
+            self.pool = self.cuda.MemoryPool()
+            self._event = self.cuda.Event(disable_timing=True)
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[None]:
+        """Work is queued here: behind what the caller's stream has, and before what it is given later."""
+        with self.cuda.Device(self.device_id):
+            caller = self.cuda.get_current_stream()
+            self._event.record(caller)
+            self.stream.wait_event(self._event)
+            try:
+                with self.stream, self.cuda.using_allocator(self.pool.malloc):
+                    yield
+            finally:
+                self._event.record(self.stream)
+                caller.wait_event(self._event)
+
+    def join(self) -> None:
+        """Order what is queued here and on the caller's stream before what either is given later."""
+        with self.entered():
+            pass
+
+    def memory_bytes(self) -> int:
+        return self.pool.total_bytes()
+
+    def captured(self, compute: Callable[[], None]) -> Any:
+        """The launches of compute() as a graph; nothing runs."""
+        collects = gc.isenabled()
+        gc.disable()  # what is collected may give memory back to the driver, which a capture would not survive
+        self.stream.begin_capture()
+        try:
+            compute()
+        except BaseException:
+            with contextlib.suppress(Exception):
+                self.stream.end_capture()
+            raise
+        finally:
+            if collects:
+                gc.enable()
+        return self.stream.end_capture()
+
+    def landing(self, batch: int) -> "_PinnedLanding":
+        return _PinnedLanding(self, batch)
+
+
+class _HostLanding:
+    """Tokens on their way to the host: they are there."""
+
+    ahead = 0
+
+    def send(self, tokens: np.ndarray) -> None:
+        self._tokens = tokens.copy()
+
+    def receive(self) -> np.ndarray:
+        return self._tokens
+
+    def close(self) -> None:
+        pass
+
+
+class _PinnedLanding:
+    """Tokens on their way to the host, at most `ahead` + 1 at a time, copied beside the steps on another stream."""
+
+    ahead = 2
+
+    def __init__(self, queue: _OwnStream, batch: int):
+        self._queue = queue
+        places, cuda = self.ahead + 1, queue.cuda
+        with cuda.Device(queue.device_id):
+            self._stream = cuda.Stream(non_blocking=True)
+            self._drawn = cuda.Event(disable_timing=True)
+            self._arrived = [cuda.Event(disable_timing=True) for _ in range(places)]
+        memory = cuda.alloc_pinned_memory(4 * places * batch)
+        self._places = np.frombuffer(memory, np.int32, places * batch).reshape(places, batch)
+        self._sent: deque[int] = deque()
+        self._next = 0
+
+    def send(self, tokens: Any) -> None:
+        place, self._next = self._next, (self._next + 1) % len(self._places)
+        with self._queue.cuda.Device(self._queue.device_id):
+            self._drawn.record(self._queue.stream)
+            self._stream.wait_event(self._drawn)
+            tokens.get(stream=self._stream, out=self._places[place], blocking=False)
+            self._arrived[place].record(self._stream)
+        self._sent.append(place)
+
+    def receive(self) -> np.ndarray:
+        """The oldest of those that were sent, waited for."""
+        place = self._sent.popleft()
+        self._arrived[place].synchronize()
+        return self._places[place].copy()
+
+    def close(self) -> None:
+        """Wait for all: the places must outlive the copies into them."""
+        self._stream.synchronize()
