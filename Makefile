@@ -61,6 +61,7 @@ sanitize:
 	done
 
 bench:
+	PYTHONPATH=. $(GPU_PYTHON) -m cupyq bench qmatmul --quick
 	set -e; for file in benchmarks/bench_*.py; do PYTHONPATH=. $(GPU_PYTHON) $$file; done
 
 wheel: $(TEST_STAMP)

@@ -56,7 +56,7 @@ def verify(q, k, v, out):
 
 def time_attention(q, caches):
     out = cupy.empty_like(q)
-    workspace = cupy.empty(family.attention_workspace_size(q.shape[-1]), np.float32)
+    workspace = cupy.zeros(family.attention_workspace_size(q.shape[-1]), np.float32)
 
     def run():
         for k, v in caches:

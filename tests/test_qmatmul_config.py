@@ -21,6 +21,7 @@ from cupyq.ops.qmatmul_config import (
     pick_config,
     widths_present,
 )
+from cupyq.ops.qmatmul_wgmma import wgmma_config, wgmma_workspace_parts
 from cupyq.ops.qmatrix_join import MAX_JOINED
 
 qmatmul = importlib.import_module("cupyq.ops.qmatmul")  # the op of the same name hides the module
@@ -83,15 +84,14 @@ def layout(problem, config):
 @functools.cache
 def covers(steps, slices, slice_steps, chunk_steps, warps_k):
     """Whether the warps of all slices and chunks take each step once, as share_of of qmatmul.cuh divides them."""
-    taken = np.zeros(steps, np.int32)
+    taken, share = np.zeros(steps, np.int32), -(-chunk_steps // warps_k)
     for slice_ in range(slices):
         end = min((slice_ + 1) * slice_steps, steps)
         if slice_ * slice_steps >= end:
             return False  # nothing to do, and nobody would add it
         for chunk in range(slice_ * slice_steps, end, chunk_steps):
             chunk_end = min(chunk + chunk_steps, end)
-            share = -(-(chunk_end - chunk) // warps_k)
-            for warp in range(warps_k):
+            for warp in range(warps_k):  # always the same part of a chunk, so that no other warp's rows of x are overwritten
                 first = min(chunk + warp * share, chunk_end)
                 taken[first : min(first + share, chunk_end)] += 1
     return bool((taken == 1).all())
@@ -131,10 +131,8 @@ def test_every_problem_has_a_cut():
 
 def test_every_candidate_is_a_cut():
     chosen = 0
-    for k, n in ((32, 8), (2080, 2104), (4096, 4096), (14336, 4096), (29568, 112), (4096, 128256)):
-        for m, arch, (widths, has_zeros), matrices in itertools.product(
-            (1, 3, 12, 40, 64), (75, 80, 86, 90), WIDTHS[1:4], (1, 2)
-        ):
+    for k, n in ((32, 8), (2080, 2104), (14336, 4096), (29568, 112), (4096, 128256)):
+        for m, arch, (widths, has_zeros), matrices in itertools.product((1, 3, 12, 40, 64), (75, 80, 90), WIDTHS[1:4], (1, 2)):
             sizes = dict(column_tiles=matrices * tiles_of(n), blocks=tiles_of(k), matrices=matrices, sm_count=132)
             kind = dict(widths=widths, has_zeros=has_zeros, arch_number=arch)
             for options in ({}, {"is_gated": True}) if matrices == 2 else ({},):
@@ -215,6 +213,19 @@ def test_the_workspace_is_enough(arch, sm_count, batch_invariant, monkeypatch):
                     needed = max(needed, sum(qmatmul.workspace_parts(rows, part, config)))
             size = qmatmul.qmatmul_workspace_size(q, m, batch_invariant=batch_invariant)
             assert size >= COUNTERS + needed, (k, ns, m)
+
+
+@pytest.mark.parametrize("rows", [17, 100, 8192, 9000, 20000])
+def test_the_workspace_is_enough_for_many_rows(rows, monkeypatch):
+    """On Hopper, whose own kernel takes a workspace too."""
+    monkeypatch.setattr(_device, "current", lambda: SimpleNamespace(arch="sm_90a", sm_count=132))
+    for k, ns in itertools.product(KS, NS):
+        q = Sizes(k, *ns)
+        size = qmatmul.qmatmul_workspace_size(q, rows)
+        for m, part in itertools.product({17, 31, 64, 100, 1000, 5000, 8192, rows - 1, rows}, {q, *q.matrices}):
+            if m <= rows and qmatmul.pick_kernel(m, "sm_90a") == "wgmma":
+                parts = wgmma_workspace_parts(m, part.blocks, wgmma_config(part, m))
+                assert size >= COUNTERS + sum(parts), (k, ns, m)
 
 
 def configs_of(m, q, batch_invariant):

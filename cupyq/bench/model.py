@@ -19,8 +19,9 @@ from cupyq.models.sampler import SamplerSettings
 WARM_STEPS = 8
 
 
-def run(arguments, out=sys.stdout, lines=None):
+def run(arguments, out=None, lines=None):
     """Measure what the arguments of `cupyq bench model` ask for; returns the rows. `lines`: a file for them as JSON lines."""
+    out = sys.stdout if out is None else out
     config = shape_config(arguments.shape, arguments.layers)
     for option, tokens, more in (
         *(("--context", tokens, WARM_STEPS + arguments.steps) for tokens in arguments.context),

@@ -153,8 +153,9 @@ class Products:
 # --- the table --------------------------------------------------------------------------------------------------------
 
 
-def run(options, out=sys.stdout, lines=None):
+def run(options, out=None, lines=None):
     """Measure everything; returns (rows, whether all results were right). `lines`: a file for one JSON object per row."""
+    out = sys.stdout if out is None else out
     torch = peers.torch_or_none() if {"int4", "exllamav2"} & set(options.peers) else None
     extension = peers.load_exllamav2(options.exllamav2) if torch and "exllamav2" in options.peers else None
     if options.exllamav2 and extension is None:

@@ -43,8 +43,9 @@ def pinned(way, config=None):
             setattr(module, name, function)
 
 
-def run(options, out=sys.stdout, lines=None):
+def run(options, out=None, lines=None):
     """Measure all; returns (rows, whether all results were right). `lines`: a file for one JSON object per row."""
+    out = sys.stdout if out is None else out
     cupy, limits, found = require_cupy(), measure_limits(), []
     head = f"{'K x N':>13} {'bits':>9} {'rows':>5} {'in use us':>9} {'mma':>9} {'wgmma':>9} {'dequant':>9} {'best us':>9}"
     print(f"{limits}\n{head} {'regret':>7}  best", file=out, flush=True)

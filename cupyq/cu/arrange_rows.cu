@@ -6,7 +6,7 @@
 //             rows to shared memory first, the values of a column side by side: one read there gathers from all of the rows.
 //             A thread then gathers 8 columns, and turns them into one chunk of each row.
 // Numerics    copies.
-// Limits      count a multiple of 32; any rows, any address of x; k even and (k + 1) * together * 2 bytes of shared memory, or
+// Limits      count a multiple of 32; rows one of 8; any address of x; k even and (k + 1) * together * 2 bytes of shared memory, or
 //             together = 0: values are read from global memory, by chunk and row.
 // Traffic     m * (k + count) * 2 bytes; count * 4 bytes per thread block, from L2.
 // Reference   cupyq/ops/qmatmul_wgmma.py: arrange_rows_reference
@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(256) arrange_rows(
     int m, int k, int count, int rows, bool is_aligned) {  // x: to 16 bytes where together = 0, else to 4
     extern __shared__ uint4 shared[];
     constexpr int threads = 256, here = together > 0 ? together : 1;
-    int stages = (count + 63) / 64, chunks = stages * 8, padded = (m + rows - 1) / rows * rows;
+    int stages = (count + 63) / 64, chunks = stages * 8;
     int first_row = blockIdx.x * here;
     auto store = [&](int row, int i, uint4 v) {
         int r = row % rows;
@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(256) arrange_rows(
                 auto pair = [&](int c) { return side_by_side(v[c].word[r / 2], v[c + 1].word[r / 2], r % 2); };
                 uint4 chunk = make_uint4(pair(0), pair(2), pair(4), pair(6));
                 if (first_row + r >= m) chunk = make_uint4(0, 0, 0, 0);
-                if (first_row + r < padded) store(first_row + r, i, chunk);
+                store(first_row + r, i, chunk);
             }
         }
     }

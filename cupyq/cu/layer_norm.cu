@@ -3,10 +3,11 @@
 //
 // Work split  one block of 32 * warps threads per row; `vector` values per access (1 where a size or an address is odd).
 // Numerics    mean, then variance from the deviations, both as fp32 sums in a fixed order; one rounding at the store.
-// Limits      none on rows (grid x), dim or count; b and residual may be null; y may be x or residual, but for is_ordered.
+// Limits      none on rows (grid x), dim (with order: as shared memory holds) or count; b and residual may be null; y may be x
+//             or residual, but for is_ordered.
 // Traffic     rows * dim * (sizeof(X) + sizeof(Y)) + 2 * dim * sizeof(W) bytes, and rows * dim * sizeof(Y) for the
-//             residual; what a row has beyond 2 vectors a thread is read three times, from L1 or L2, ordered rows once more.
-//             With order, y has rows * count values and order 4 * count bytes.
+//             residual; what a row has beyond 2 vectors a thread is read three times, from L1 or L2. With order, y has
+//             rows * count values and order 4 * count bytes.
 // Reference   cupyq/ops/norm.py: layer_norm_reference
 #include "norm.cuh"
 
@@ -21,6 +22,7 @@ __global__ void __launch_bounds__(32 * warps, 1) layer_norm(
     int dim, int count, float eps) {
     constexpr int step = 32 * warps * vector, held = 2;
     __shared__ float partial[warps];
+    extern __shared__ uint4 row[];  // where is_ordered: dim values of Y
     int first = threadIdx.x * vector;
     prefetch_row<step>(w, first, dim);
     if (b) prefetch_row<step>(b, first, dim);
@@ -33,12 +35,9 @@ __global__ void __launch_bounds__(32 * warps, 1) layer_norm(
     RowValues<W, vector, step, held> ws, bs;
     RowValues<int, vector, step, held> columns;
     xs.load(x_row, first, dim);
-    if constexpr (is_ordered) {
-        columns.load(order, first, count);
-    } else {
-        ws.load(w, first, dim);
-        if (b) bs.load(b, first, dim);
-    }
+    ws.load(w, first, dim);
+    if constexpr (is_ordered) columns.load(order, first, count);
+    if (b) bs.load(b, first, dim);
 
     float sum = 0;
     each_column<step, held>(first, dim, [&](int c, int h) {
@@ -54,17 +53,26 @@ __global__ void __launch_bounds__(32 * warps, 1) layer_norm(
     });
     float scale = 1.0f / sqrtf(block_sum<warps>(squares, partial) / dim + eps);
 
-    if constexpr (is_ordered) {
+    if constexpr (is_ordered) {  // from the row in shared memory: gathering from L1 would take a cycle for each value
+        each_column<step, held>(first, dim, [&](int c, int h) {
+            auto x_here = xs.at(c, h);
+            auto w_here = ws.at(c, h);
+            Vector<W, vector> b_here;
+            if (b) b_here = bs.at(c, h);
+            Vector<Y, vector> ys;
+            for (int i = 0; i < vector; i++) {
+                float value = (to_float(x_here[i]) - mean) * to_float(w_here[i]) * scale;
+                ys[i] = from_float<Y>(b ? value + to_float(b_here[i]) : value);
+            }
+            *(Vector<Y, vector> *)((Y *)row + c) = ys;
+        });
+        __syncthreads();
         each_column<step, held>(first, count, [&](int j, int h) {
             auto from = columns.at(j, h);
             Vector<Y, vector> ys;
             for (int i = 0; i < vector; i++) {
-                float value = 0;
-                if ((uint32)from[i] < (uint32)dim) {
-                    value = (to_float(x_row[from[i]]) - mean) * to_float(w[from[i]]) * scale;
-                    if (b) value += to_float(b[from[i]]);
-                }
-                ys[i] = from_float<Y>(value);
+                bool is_column = (uint32)from[i] < (uint32)dim;
+                ys[i] = is_column ? ((const Y *)row)[from[i]] : from_float<Y>(0);
             }
             *(Vector<Y, vector> *)(y + (int64)blockIdx.x * count + j) = ys;
         });

@@ -212,26 +212,31 @@ __device__ __forceinline__ void multiply_rows(
         uint32 A[2][2][4];  // [mma a][step j][register]
         [[maybe_unused]] const Vector<half, 4> &zero =
             *(const Vector<half, 4> *)(block.scales + (has_zeros ? STEP * TILE : 0));
+        // With many rows, one mma operand at a time: registers are scarce.
+        constexpr int parts = m_tiles >= 8 ? 2 : 1, operands = 2 / parts;
 #pragma unroll
-        for (int c = 0; c < 4; c++) {
-            auto decode = [&](auto point) {
+        for (int part = 0; part < parts; part++) {
 #pragma unroll
-                for (int p = 0; p < 4; p++) A[c / 2][p / 2][c % 2 + p % 2 * 2] = point.values(own, 4 * c + p);
-            };
-            if constexpr (has_zeros)
-                decode(ZeroPoint<T, bits>(zero[c]));
-            else
-                decode(FixedZero<T, bits>());
-        }
+            for (int c = part * 2 * operands; c < (part + 1) * 2 * operands; c++) {
+                auto decode = [&](auto point) {
 #pragma unroll
-        for (int i = 0; i < m_tiles; i++) {
-            uint32 xs[4];
-            ldmatrix_x4(xs, x_lane[i] + block.x);
-            uint32 b[2][2] = {{xs[0], xs[1]}, {xs[2], xs[3]}};
+                    for (int p = 0; p < 4; p++) A[c / 2][p / 2][c % 2 + p % 2 * 2] = point.values(own, 4 * c + p);
+                };
+                if constexpr (has_zeros)
+                    decode(ZeroPoint<T, bits>(zero[c]));
+                else
+                    decode(FixedZero<T, bits>());
+            }
 #pragma unroll
-            for (int a = 0; a < 2; a++) {
-                mma_16x8x16<T>(of_group[i][a], A[a][0], b[0]);
-                mma_16x8x16<T>(of_group[i][a], A[a][1], b[1]);
+            for (int i = 0; i < m_tiles; i++) {
+                uint32 xs[4];
+                ldmatrix_x4(xs, x_lane[i] + block.x);
+                uint32 b[2][2] = {{xs[0], xs[1]}, {xs[2], xs[3]}};
+#pragma unroll
+                for (int a = part * operands; a < (part + 1) * operands; a++) {
+                    mma_16x8x16<T>(of_group[i][a], A[a][0], b[0]);
+                    mma_16x8x16<T>(of_group[i][a], A[a][1], b[1]);
+                }
             }
         }
     };

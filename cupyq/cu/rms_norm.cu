@@ -3,10 +3,9 @@
 //
 // Work split  one block of 32 * warps threads per row; `vector` values per access (1 where a size or an address is odd).
 // Numerics    fp32 sums in a fixed order, (x * w) * rsqrt + residual, one rounding at the store.
-// Limits      none on rows (grid x), dim or count; residual may be null; y may be x or residual, but for is_ordered.
+// Limits      none on rows (grid x), dim (with order: as shared memory holds) or count; residual may be null; y may be x or residual, but for is_ordered.
 // Traffic     rows * dim * (sizeof(X) + sizeof(Y)) + dim * sizeof(W) bytes, and rows * dim * sizeof(Y) for the residual;
-//             what a row has beyond 2 vectors a thread is read twice, as are ordered rows, from L1 or L2. With order,
-//             y has rows * count values and order 4 * count bytes.
+//             what a row has beyond 2 vectors a thread is read twice, from L1 or L2. With order, y has rows * count values and order 4 * count bytes.
 // Reference   cupyq/ops/norm.py: rms_norm_reference
 #include "norm.cuh"
 
@@ -20,6 +19,7 @@ __global__ void __launch_bounds__(32 * warps, 1) rms_norm(
     int dim, int count, float eps) {
     constexpr int step = 32 * warps * vector, held = 2;
     __shared__ float partial[warps];
+    extern __shared__ uint4 row[];  // where is_ordered: dim values of Y
     int first = threadIdx.x * vector;
     prefetch_row<step>(w, first, dim);
     if (is_ordered) prefetch_row<step>(order, first, count);
@@ -32,12 +32,9 @@ __global__ void __launch_bounds__(32 * warps, 1) rms_norm(
     RowValues<Y, vector, step, held> residuals;
     RowValues<int, vector, step, held> columns;
     xs.load(x_row, first, dim);
-    if constexpr (is_ordered) {
-        columns.load(order, first, count);
-    } else {
-        ws.load(w, first, dim);
-        if (residual) residuals.load(residual + (int64)blockIdx.x * dim, first, dim);
-    }
+    ws.load(w, first, dim);
+    if constexpr (is_ordered) columns.load(order, first, count);
+    if (!is_ordered && residual) residuals.load(residual + (int64)blockIdx.x * dim, first, dim);
 
     float sum = 0;
     each_column<step, held>(first, dim, [&](int c, int h) {
@@ -46,13 +43,21 @@ __global__ void __launch_bounds__(32 * warps, 1) rms_norm(
     });
     float scale = 1.0f / sqrtf(block_sum<warps>(sum, partial) / dim + eps);
 
-    if constexpr (is_ordered) {
+    if constexpr (is_ordered) {  // from the row in shared memory: gathering from L1 would take a cycle for each value
+        each_column<step, held>(first, dim, [&](int c, int h) {
+            auto x_here = xs.at(c, h);
+            auto w_here = ws.at(c, h);
+            Vector<Y, vector> ys;
+            for (int i = 0; i < vector; i++) ys[i] = from_float<Y>(to_float(x_here[i]) * to_float(w_here[i]) * scale);
+            *(Vector<Y, vector> *)((Y *)row + c) = ys;
+        });
+        __syncthreads();
         each_column<step, held>(first, count, [&](int j, int h) {
             auto from = columns.at(j, h);
             Vector<Y, vector> ys;
             for (int i = 0; i < vector; i++) {
                 bool is_column = (uint32)from[i] < (uint32)dim;
-                ys[i] = from_float<Y>(is_column ? to_float(x_row[from[i]]) * to_float(w[from[i]]) * scale : 0);
+                ys[i] = is_column ? ((const Y *)row)[from[i]] : from_float<Y>(0);
             }
             *(Vector<Y, vector> *)(y + (int64)blockIdx.x * count + j) = ys;
         });

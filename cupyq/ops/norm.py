@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 
+from cupyq import _device
 from cupyq._arrays import (
     FLOATS,
     accepts_dlpack,
@@ -101,7 +102,17 @@ def _launch_rms_norm(x, weight, eps, residual, order, out):
     vector = access_width(math.gcd(dim, count), x, weight, residual, order, out)
     sizes = (np.int32(dim), np.int32(count), np.float32(eps))
     kernel = _row_instance("rms_norm", x.dtype, weight.dtype, out.dtype, vector, warps, order is not None)
-    launch(kernel, (x.size // dim,), (32 * warps,), (x, weight, residual, order, out, *sizes))
+    launch(kernel, (x.size // dim,), (32 * warps,), (x, weight, residual, order, out, *sizes), _row_bytes(order, dim, out))
+
+
+def _row_bytes(order, dim, out):
+    """Shared memory of the kernels, which keep a row there to gather from."""
+    if order is None:
+        return 0
+    limit = _device.current().shared_bytes_per_block - 1024
+    if dim * out.itemsize > limit:
+        raise ValueError(f"with order, rows must have at most {limit // out.itemsize} values on this GPU, got {dim}")
+    return dim * out.itemsize
 
 
 def _warps(dim):
@@ -154,7 +165,9 @@ def _launch_layer_norm(x, weight, bias, eps, residual, order, out):
     vector = access_width(math.gcd(dim, count), x, weight, bias, residual, order, out)
     sizes = (np.int32(dim), np.int32(count), np.float32(eps))
     kernel = _row_instance("layer_norm", x.dtype, weight.dtype, out.dtype, vector, warps, order is not None)
-    launch(kernel, (x.size // dim,), (32 * warps,), (x, weight, bias, residual, order, out, *sizes))
+    launch(
+        kernel, (x.size // dim,), (32 * warps,), (x, weight, bias, residual, order, out, *sizes), _row_bytes(order, dim, out)
+    )
 
 
 @accepts_dlpack

@@ -201,7 +201,12 @@ def _launch_qmatmul(x, q, out, workspace, residual, is_ordered, batch_invariant)
     way = pick_kernel(m, _device.current().arch)
     x, out = x.reshape(m, -1), out.reshape(m, -1)
     residual = None if residual is None else residual.reshape(m, -1)
-    is_wgmma = way == "wgmma" and suits_wgmma(out, residual) and not batch_invariant
+    is_wgmma = way == "wgmma" and not batch_invariant
+    if is_wgmma and not suits_wgmma(out, residual):  # the same bits at any address
+        aligned = q.xp.empty(out.shape, out.dtype)
+        _launch_qmatmul(x, q, aligned, workspace, _copied(residual), is_ordered, False)
+        out.data.copy_from_device_async(aligned.data, out.nbytes)
+        return
     is_mma = way == "mma" or batch_invariant
     first_column = 0
     for part in (q,) if q.shares_order and (is_mma or is_wgmma) else q.matrices:
@@ -218,6 +223,14 @@ def _launch_qmatmul(x, q, out, workspace, residual, is_ordered, batch_invariant)
         else:
             _launch_dequantised(x, part, out, first_column, residual, is_ordered)
         first_column += part.n
+
+
+def _copied(array):
+    if array is None:
+        return None
+    copy = namespace(array=array).empty(array.shape, array.dtype)
+    copy.data.copy_from_device_async(array.data, array.nbytes)
+    return copy
 
 
 def _launch_gated(x, joined, activation, out, workspace, is_ordered):

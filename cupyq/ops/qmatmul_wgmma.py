@@ -14,6 +14,7 @@ from cupyq import _device
 from cupyq._arrays import bfloat16, byte_bounds, float16
 from cupyq._kernels import instance, launch
 from cupyq.formats.tiles import TILE, WIDTHS_IN_ORDER
+from cupyq.ops.matrix_table import moved
 from cupyq.ops.qmatmul_config import COUNTERS
 
 STAGE_BLOCKS = 2
@@ -107,20 +108,20 @@ def _shared_parts(rows, warpgroups_n, width_blocks, has_zeros, matrices, stages)
 
 # What the model of `pick_wgmma_config` believes, fitted to times on an H100: microseconds, or cycles of a multiprocessor.
 MODEL = {
-    "clock": 1.6e3,  # cycles a microsecond under load
-    "read": 2.9e6,  # bytes a microsecond from memory
-    "launch": 2.0,
-    "begin": 3000.0,  # cycles until the first products
-    "product": 1.15,  # of a stage, by the cycles that the tensor cores take at best
-    "decoding": 250.0,  # cycles until a warpgroup has the operands of its next stage
-    "overlap": 0.5,  # of the products, that decoding does not hide
-    "copying": 26.0,  # bytes from L2 a cycle
-    "stage": 30.0,
-    "item": 700.0,
-    "item_bytes": 100.0,  # of sums, that are finished a cycle
-    "shared": 3500.0,
-    "shared_bytes": 50.0,  # of partial sums, that are written a cycle
-    "part_bytes": 60.0,  # of partial sums, that are read a cycle
+    "clock": 1430.0e3,  # cycles a microsecond under load
+    "read": 2610000.0e6,  # bytes a microsecond from memory
+    "launch": 0.614,
+    "begin": 851.0,  # cycles until the first products
+    "product": 0.966,  # of a stage, by the cycles that the tensor cores take at best
+    "decoding": 175.0,  # cycles until a warpgroup has the operands of its next stage
+    "overlap": 0.626,  # of the products, that decoding does not hide
+    "copying": 46.7,  # bytes from L2 a cycle
+    "stage": 111.0,
+    "item": 580.0,
+    "item_bytes": 185.0,  # of sums, that are finished a cycle
+    "shared": 4200.0,
+    "shared_bytes": 125.0,  # of partial sums, that are written a cycle
+    "part_bytes": 35.1,  # of partial sums, that are read a cycle
 }
 
 
@@ -211,11 +212,7 @@ def launch_wgmma(x, q, out, m, workspace=None, *, residual=None, config=None, is
     counters, partial = workspace[:COUNTERS], workspace[COUNTERS : COUNTERS + partials]
     images = workspace[COUNTERS + partials : COUNTERS + partials + image_values]
     launch_arrange_rows(x, None if is_ordered else q.order, images, m, q.blocks, config.rows)
-    matrices = q.rows
-    if first_column:
-        matrices = np.array(matrices)
-        matrices["at"]["first_column"] += first_column
-        matrices = matrices[()]
+    matrices = moved(q.rows, first_column) if first_column else q.rows
     y_stride = q.n if y_stride is None else y_stride
     row_blocks = -(-m // config.rows)
     cut = (row_blocks, config.items, config.waves, config.run_stages, config.ring)
@@ -262,7 +259,7 @@ def launch_arrange_rows(x, order, images, m, blocks, rows):
 
 
 def _rows_together(rows, k):
-    """Rows that a thread block gathers from: four of long ones, where several thread blocks fit a multiprocessor; 0: too long."""
+    """Rows that a thread block gathers from: four of long ones, where two thread blocks fit a multiprocessor; 0: too long."""
     if k >= 6144 and 16 * k < SHARED_BYTES - 1024 and rows >= 4 * 132:
         return 4
     return 2 if 4 * (k + 1) <= SHARED_BYTES else 0

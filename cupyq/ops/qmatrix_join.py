@@ -95,8 +95,3 @@ def _is_same_order(one, other):
     if one is None or other is None:
         return one is other
     return np.array_equal(one, other)
-
-
-def as_joined(q):
-    """A QMatrix has all a JoinedQMatrix has."""
-    return q
