@@ -1,7 +1,6 @@
 """Products with quantized weights, in all their forms: against plain loops, float64, each other and themselves."""
 
 import hashlib
-import importlib
 import itertools
 import math
 import os
@@ -11,139 +10,34 @@ import sys
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import ROOT, exact_bound
-from kernel_checks import (
-    ROUNDING,
-    banded,
-    bfloat16,
-    float16,
-    float32,
-    host,
-    move,
-    on_both,
-    on_gpu,
-    random,
-    same_bits,
-    unwritten,
-)  # fmt: skip
+from conftest import ROOT
+from kernel_checks import bfloat16, float16, float32, host, move, on_both, random, same_bits
 from layer_checks import ACTIVATIONS
+from product_checks import (
+    EVERY,
+    Layer,
+    check_product,
+    compiled_first,
+    exl2_layer,
+    fresh_workspace,
+    gated_layers,
+    ops_module,
+    parts,
+    pin,
+    product,
+    relative_error,
+    ways,
+)
 from random_layers import MIXTURES, random_exl2, random_gptq, to_gpu
 
-from cupyq import FormatError, QMatrix, _device, _kernels
+from cupyq import FormatError, QMatrix, _device
 from cupyq.formats import exl2, gptq
-from cupyq.models.warmup import compile_traced
 from cupyq.ops.qmatmul import FUSED_ROWS, GATES, qmatmul, qmatmul_gated, qmatmul_workspace_size
 from cupyq.ops.qmatmul_config import COUNTERS, candidate_configs, current_problem
 from cupyq.ops.qmatrix_join import JoinedQMatrix
 from cupyq.ops.reconstruct import reconstruct
 
-module = importlib.import_module("cupyq.ops.qmatmul")  # the op of the same name hides the module
-
-EVERY = (8, 6, 5, 4, 3, 2)
 FEW_ROWS = (1, 3, 8, 9, 16, 17, 33, 64)
-
-
-class Layer:
-    """A QMatrix of random tensors, with the float16 weights and the bias that it stands for."""
-
-    def __init__(self, library, tensors, **options):
-        self.tensors = tensors
-        self.q = QMatrix.from_tensors({key: move(library, value) for key, value in tensors.items()}, **options)
-        self.unrounded = (unrounded_exl2 if "q_weight" in tensors else unrounded_gptq)(tensors, **options)
-        self.weight = (exl2.dequantize_exl2 if "q_weight" in tensors else gptq.dequantize_gptq)(tensors, **options)
-        self.bias = tensors.get("bias", np.zeros(self.q.n, np.float16)).astype(np.float64)
-
-    def __iter__(self):
-        yield from (self.weight, self.unrounded, self.bias)
-
-
-def unrounded_exl2(tensors):
-    """(code - zero) * scale, rows in original order: the weights before their rounding to fp16, exact in float32."""
-    layout, perm = exl2.validate_exl2(tensors)
-    codes = exl2.unpack_exl2(tensors["q_weight"], layout).astype(np.float32)
-    scales = exl2.exl2_scales(tensors["q_scale"], tensors["q_scale_max"]).astype(np.float32)
-    zeros = np.repeat(np.float32(2) ** (layout.bits - 1), layout.rows)
-    stored = (codes - zeros[:, None].astype(np.float32)) * np.repeat(scales, layout.rows, axis=0)
-    if perm is None:
-        return stored
-    weight = np.empty_like(stored)
-    weight[perm] = stored
-    return weight
-
-
-def unrounded_gptq(tensors, zeros="v1"):
-    layout = gptq.validate_gptq(tensors, zeros=zeros)
-    codes, true_zeros = gptq.unpack_gptq(tensors, layout, zeros=zeros)
-    zero, scale = (array.astype(np.float32)[layout.row_group] for array in (true_zeros, tensors["scales"]))
-    return (codes - zero) * scale
-
-
-def exl2_layer(library, seed, widths, **options):
-    return Layer(library, random_exl2(np.random.default_rng(seed), widths, **options))
-
-
-def side_by_side(layers):
-    *weights, bias = zip(*layers, strict=True)
-    return *(np.concatenate(weight, axis=1) for weight in weights), np.concatenate(bias)
-
-
-def check_product(y, x, *layers, residual=None, rounds_weights=False):
-    """Error at most twice that of a product of the same dtypes with fp32 sums, plus one rounding; and little on the whole.
-
-    rounds_weights: weights are in x's dtype, as where they are decoded before a product. The same-dtype reference is that of
-    either kind whose error is larger.
-    """
-    weight, unrounded, bias = side_by_side(layers)
-    added = bias if residual is None else bias + residual.astype(np.float64)
-    exact = x.astype(np.float64) @ weight.astype(np.float64) + added
-    kinds = [w.astype(np.float32) for w in (weight.astype(x.dtype), unrounded)]
-    same = np.stack([(x.astype(np.float32) @ w + added.astype(np.float32)).astype(y.dtype) for w in kinds])
-    exact_bound(y, exact, same, ulp=ROUNDING[y.dtype])
-    allowed = 6e-4 if y.dtype == float16 else 6e-4 + 2.0**-9 * (1 + rounds_weights)
-    assert relative_error(y, exact) <= allowed, f"norm-wise {relative_error(y, exact):.3g}"
-
-
-def relative_error(y, exact):
-    return np.linalg.norm(y.astype(np.float64) - exact) / np.linalg.norm(exact)
-
-
-def product(cupy, x, q, *, op=qmatmul, residual=None, in_place=False, dtype=None, shift=0, **options):
-    """The result in an `out` that was NaN (or the residual) between sentinels, `shift` values off an aligned address."""
-    n = q.matrices[0].n if op is qmatmul_gated else q.n
-    initial = residual if in_place else unwritten((*x.shape[:-1], n), x.dtype if dtype is None else np.dtype(dtype))
-    out, check = banded(cupy, initial, shift)
-    if residual is not None:
-        options["residual"] = out if in_place else on_gpu(cupy, residual, shift)
-    if dtype is not None:
-        options["dtype"] = dtype
-    assert op(on_gpu(cupy, x, shift), q, out=out, **options) is out
-    check()
-    return out.get()
-
-
-def compiled_first():
-    """False, then True. In the first turn of a loop launches are noted, not run; then they are compiled, in parallel."""
-    with _kernels.tracing() as wanted:
-        yield False
-    compile_traced(wanted)
-    yield True
-
-
-def ways():
-    """Of multiplying, on this GPU; see pick_kernel."""
-    return ("mma", "wgmma", "dequantise") if _device.current().arch == "sm_90a" else ("mma", "dequantise")
-
-
-def pin(monkeypatch, way):
-    monkeypatch.setattr(module, "pick_kernel", lambda *arguments: way)
-
-
-def fresh_workspace(cupy, q, rows, **options):
-    """As large as is asked for, zero where it must be, NaN elsewhere."""
-    workspace = cupy.full(qmatmul_workspace_size(q, rows, **options), np.nan, np.float32)
-    workspace[:COUNTERS] = 0
-    return workspace
-
 
 # --- the definition ---------------------------------------------------------------------------------------------------
 
@@ -524,7 +418,7 @@ def test_many_rows(widths, dtype, cupy, monkeypatch):
 @pytest.mark.gpu
 def test_weights_in_chunks_of_columns(cupy, monkeypatch):
     """Where all of them would take too much scratch memory."""
-    monkeypatch.setattr(module, "_MAX_SCRATCH_BYTES", 2 * 416 * 32)
+    monkeypatch.setattr(ops_module, "_MAX_SCRATCH_BYTES", 2 * 416 * 32)
     pin(monkeypatch, "dequantise")
     layers = [exl2_layer("cupy", seed, (5, 4), n=72, group_blocks=3, has_bias=True) for seed in (21, 22)]
     joined = JoinedQMatrix.from_matrices([layer.q for layer in layers])
@@ -562,172 +456,14 @@ def test_every_candidate_is_right(rows, cupy, monkeypatch):
         found = list({(c.warps_n, c.warps_k, c.slices, c.thread_blocks): c for c in found}.values())
     for is_run in compiled_first():
         for config in found:
-            monkeypatch.setattr(module, "pick_config", lambda problem, config=config: config)
-            size = COUNTERS + sum(module.workspace_parts(rows, layer.q, config))
+            monkeypatch.setattr(ops_module, "pick_config", lambda problem, config=config: config)
+            size = COUNTERS + sum(ops_module.workspace_parts(rows, layer.q, config))
             workspace = cupy.full(size, np.nan, np.float32)
             workspace[:COUNTERS] = 0
             y = product(cupy, x, layer.q, workspace=workspace)
             if is_run:
                 check_product(y, x, layer)
                 assert not workspace[:COUNTERS].get().any(), config
-
-
-# --- several matrices -------------------------------------------------------------------------------------------------
-
-# 13 blocks each, in groups of different sizes
-PARTS = (((4,), 6, 40), ((5, 4), 3, 136), (EVERY, 1, 8), ((4, 3, 2), 2, 264))
-
-
-def parts(count, *, shares_order, seed=30):
-    """Layers of different widths; the stored order of their rows is one, or each its own (of one: none at all)."""
-    layers = []
-    for index, (widths, blocks, n) in enumerate(PARTS[:count]):
-        has_perm = shares_order or index != 1
-        made = random_exl2(
-            np.random.default_rng(seed + index), widths, n=n, group_blocks=blocks, has_perm=has_perm, has_bias=index % 2 == 0
-        )
-        if shares_order and index:
-            made["q_invperm"] = layers[0].tensors["q_invperm"]
-        layers.append(Layer("cupy", made))
-    return layers
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("shares_order", [True, False])
-@pytest.mark.parametrize("count", [2, 3, 4])
-def test_joined(count, shares_order, cupy, monkeypatch):
-    layers = parts(count, shares_order=shares_order)
-    joined = JoinedQMatrix.from_matrices([layer.q for layer in layers])
-    assert joined.shares_order == shares_order
-    order = joined.order.get()
-    for is_run, way in ((is_run, way) for is_run in compiled_first() for way in ways()):
-        pin(monkeypatch, way)
-        for rows in (1, 9, 40) if way == "mma" else (150,):
-            x, residual = random(rows, (rows, joined.k), float16), random(rows, (rows, joined.n), float16, 10.0)
-            workspace = fresh_workspace(cupy, joined, rows)
-            plain = product(cupy, x, joined)
-            more = product(cupy, x, joined, residual=residual, in_place=True, shift=rows % 2, workspace=workspace)
-            if is_run:
-                check_product(plain, x, *layers, rounds_weights=True)
-                check_product(more, x, *layers, residual=residual, rounds_weights=True)
-                assert not workspace[:COUNTERS].get().any()
-            if shares_order:
-                ordered = product(cupy, x[:, order], joined, is_ordered=True)
-                if is_run:
-                    check_product(ordered, x, *layers, rounds_weights=True)
-
-
-@pytest.mark.gpu
-def test_joined_gptq_and_bfloat16(cupy, monkeypatch):
-    rng = np.random.default_rng(33)
-    layers = [Layer("cupy", random_gptq(rng, bits, k=320, n=n, groups=8, has_bias=n == 32)) for bits, n in ((4, 32), (8, 64))]
-    joined = JoinedQMatrix.from_matrices([layer.q for layer in layers])
-    assert joined.shares_order and (joined.order.get() == -1).any()
-    order = joined.order.get()
-    for is_run, way in ((is_run, way) for is_run in compiled_first() for way in ways()):
-        pin(monkeypatch, way)
-        for rows in (2, 20) if way == "mma" else (70,):
-            x = random(rows, (rows, 320), bfloat16)
-            ordered = np.where(order < 0, bfloat16.type(0), x[:, order])
-            found = product(cupy, x, joined), product(cupy, ordered, joined, is_ordered=True)
-            if is_run:
-                for y in found:
-                    check_product(y, x, *layers, rounds_weights=True)
-
-
-def gate_and_up(activation, x, layers, rounds=False):
-    """The formula in float64; `rounds`: gate and up have x's dtype in between."""
-    products = [x.astype(np.float64) @ weight.astype(np.float64) + bias for weight, _, bias in layers]
-    if rounds:
-        products = [y.astype(x.dtype).astype(np.float64) for y in products]
-    return ACTIVATIONS[activation](products[0]) * products[1]
-
-
-def check_gated(y, x, layers, activation):
-    exact = gate_and_up(activation, x, layers)
-    same = gate_and_up(activation, x, [(weight.astype(x.dtype), None, bias) for weight, _, bias in layers], rounds=True)
-    exact_bound(y, exact, same.astype(y.dtype), ulp=ROUNDING[y.dtype])
-    assert relative_error(y, exact) < (1.2e-3 if y.dtype == float16 else 8e-3)
-
-
-def gated_layers(seed, kind="exl2", shares_order=True, n=72):
-    """Gate and up whose products are about 1: where activations bend."""
-    rng = np.random.default_rng(seed)
-    if kind == "exl2":
-        made = [random_exl2(rng, widths, n=n, group_blocks=b, has_bias=b == 3) for widths, b in (((5, 4), 3), ((4,), 6))]
-        made = [dict(t, q_scale_max=(t["q_scale_max"] / np.float16(40)).astype(np.float16)) for t in made]
-        if shares_order:
-            made[1]["q_invperm"] = made[0]["q_invperm"]
-    else:
-        made = [random_gptq(rng, 4, k=416, n=n, groups=5, act_order=not shares_order, has_bias=True) for _ in range(2)]
-        made = [dict(t, scales=(t["scales"] / np.float16(4)).astype(np.float16)) for t in made]
-    return [Layer("cupy", tensors) for tensors in made]
-
-
-NEARLY = {"gelu": "gelu_tanh", "gelu_tanh": "gelu"}  # as far apart as float16 values are
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("activation", GATES)
-def test_gated(activation, cupy, monkeypatch):
-    layers = gated_layers(40)
-    joined = JoinedQMatrix.from_matrices([layer.q for layer in layers])
-    order = joined.order.get()
-    for is_run, way in ((is_run, way) for is_run in compiled_first() for way in ways()):
-        pin(monkeypatch, way)
-        for rows in (1, 12, 40) if way == "mma" else (100,):
-            x = random(rows, (rows, joined.k), float16)
-            workspace = fresh_workspace(cupy, joined, rows)
-            options = dict(op=qmatmul_gated, activation=activation, workspace=workspace)
-            y, again = (product(cupy, x, joined, shift=shift, **options) for shift in (0, 3))
-            ordered = product(cupy, x[:, order], joined, is_ordered=True, **options)
-            if is_run:
-                check_gated(y, x, layers, activation)
-                check_gated(ordered, x, layers, activation)
-                assert same_bits(again, y) and not workspace[:COUNTERS].get().any()
-                for other in GATES.keys() - {activation, NEARLY.get(activation)}:
-                    with pytest.raises(AssertionError):
-                        check_gated(y, x, layers, other)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize(
-    ("kind", "shares_order", "dtype"),
-    [("gptq", True, float16), ("gptq", False, float16), ("exl2", False, float16), ("exl2", True, bfloat16)],
-)
-def test_gated_of_other_matrices(kind, shares_order, dtype, cupy, monkeypatch):
-    layers = gated_layers(41, kind, shares_order, n=96)
-    joined = JoinedQMatrix.from_matrices([layer.q for layer in layers])
-    assert joined.shares_order == shares_order
-    for is_run, way in ((is_run, way) for is_run in compiled_first() for way in ways()):
-        pin(monkeypatch, way)
-        for rows in (1, 20) if way == "mma" else (100,):
-            x = random(rows, (rows, joined.k), dtype)
-            y = product(cupy, x, joined, op=qmatmul_gated, workspace=fresh_workspace(cupy, joined, rows))
-            if is_run:
-                check_gated(y, x, layers, "silu")
-                with pytest.raises(AssertionError):
-                    check_gated(y, x, layers[::-1], "silu")
-
-
-@pytest.mark.gpu
-def test_gated_in_slices(cupy, monkeypatch):
-    """Partial sums of gate and up wait for each other; long K, few columns."""
-    pin(monkeypatch, "mma")
-    rng = np.random.default_rng(42)
-    made = [random_exl2(rng, (4,), n=40, group_blocks=64, last_blocks=2) for _ in range(2)]
-    made[1]["q_invperm"] = made[0]["q_invperm"]
-    layers = [Layer("cupy", dict(t, q_scale_max=(t["q_scale_max"] / np.float16(150)).astype(np.float16))) for t in made]
-    joined = JoinedQMatrix.from_matrices([layer.q for layer in layers])
-    assert module.pick_config(current_problem(3, joined, is_gated=True)).slices > 1
-    for is_run in compiled_first():
-        for rows in (3, 16):
-            x = random(rows, (rows, joined.k), float16)
-            workspace = fresh_workspace(cupy, joined, rows)
-            y, again = (product(cupy, x, joined, op=qmatmul_gated, workspace=workspace) for _ in range(2))
-            if is_run:
-                check_gated(y, x, layers, "silu")
-                assert same_bits(again, y) and not workspace[:COUNTERS].get().any()
 
 
 # --- the same bits ----------------------------------------------------------------------------------------------------
@@ -855,7 +591,7 @@ def test_one_workspace_serves_products_of_any_shapes_in_turn(cupy):
         JoinedQMatrix.from_matrices([layer.q for layer in made]) for made in (gated_layers(40), parts(3, shares_order=False))
     )
     matrices = [*(layer.q for layer in layers), pair, apart]
-    assert len({module.pick_config(current_problem(8, q)).slices > 1 for q in matrices}) == 2
+    assert len({ops_module.pick_config(current_problem(8, q)).slices > 1 for q in matrices}) == 2
     shared = cupy.full(max(qmatmul_workspace_size(q, FUSED_ROWS) for q in matrices), np.nan, np.float32)
     shared[:COUNTERS] = 0
     for _, q, rows in itertools.product(range(2), matrices, (1, 8, 40)):

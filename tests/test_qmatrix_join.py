@@ -1,4 +1,4 @@
-"""JoinedQMatrix: what may be joined, what it says of its matrices, and what it tells the kernels of them."""
+"""JoinedQMatrix: what may be joined, what it says of its matrices and tells the kernels of them, and its products."""
 
 import gc
 import re
@@ -6,13 +6,29 @@ import weakref
 
 import numpy as np
 import pytest
-from kernel_checks import host, move, on_both, same_bits
+from conftest import exact_bound
+from kernel_checks import ROUNDING, bfloat16, float16, host, move, on_both, random, same_bits
+from layer_checks import ACTIVATIONS
+from product_checks import (
+    Layer,
+    check_product,
+    compiled_first,
+    fresh_workspace,
+    gated_layers,
+    ops_module,
+    parts,
+    pin,
+    product,
+    relative_error,
+    ways,
+)
 from random_layers import random_exl2, random_gptq
 
 from cupyq import QMatrix
 from cupyq._kernels import SOURCE_FOLDER
 from cupyq.ops.matrix_table import JOINED_ROWS, MAX_JOINED, TABLE_ROW
-from cupyq.ops.qmatmul import qmatmul
+from cupyq.ops.qmatmul import GATES, qmatmul, qmatmul_gated
+from cupyq.ops.qmatmul_config import COUNTERS, current_problem
 from cupyq.ops.qmatrix_join import JoinedQMatrix
 from cupyq.ops.reconstruct import reconstruct
 
@@ -152,3 +168,130 @@ def test_nothing_keeps_a_matrix_that_was_multiplied(library):
     del q, joined
     gc.collect()
     assert dropped() is None
+
+
+# --- their products ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shares_order", [True, False])
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_joined(count, shares_order, cupy, monkeypatch):
+    layers = parts(count, shares_order=shares_order)
+    joined = JoinedQMatrix.from_matrices([layer.q for layer in layers])
+    assert joined.shares_order == shares_order
+    order = joined.order.get()
+    for is_run, way in ((is_run, way) for is_run in compiled_first() for way in ways()):
+        pin(monkeypatch, way)
+        for rows in (1, 9, 40) if way == "mma" else (150,):
+            x, residual = random(rows, (rows, joined.k), float16), random(rows, (rows, joined.n), float16, 10.0)
+            workspace = fresh_workspace(cupy, joined, rows)
+            plain = product(cupy, x, joined)
+            more = product(cupy, x, joined, residual=residual, in_place=True, shift=rows % 2, workspace=workspace)
+            if is_run:
+                check_product(plain, x, *layers, rounds_weights=True)
+                check_product(more, x, *layers, residual=residual, rounds_weights=True)
+                assert not workspace[:COUNTERS].get().any()
+            if shares_order:
+                ordered = product(cupy, x[:, order], joined, is_ordered=True)
+                if is_run:
+                    check_product(ordered, x, *layers, rounds_weights=True)
+
+
+@pytest.mark.gpu
+def test_joined_gptq_and_bfloat16(cupy, monkeypatch):
+    rng = np.random.default_rng(33)
+    layers = [Layer("cupy", random_gptq(rng, bits, k=320, n=n, groups=8, has_bias=n == 32)) for bits, n in ((4, 32), (8, 64))]
+    joined = JoinedQMatrix.from_matrices([layer.q for layer in layers])
+    assert joined.shares_order and (joined.order.get() == -1).any()
+    order = joined.order.get()
+    for is_run, way in ((is_run, way) for is_run in compiled_first() for way in ways()):
+        pin(monkeypatch, way)
+        for rows in (2, 20) if way == "mma" else (70,):
+            x = random(rows, (rows, 320), bfloat16)
+            ordered = np.where(order < 0, bfloat16.type(0), x[:, order])
+            found = product(cupy, x, joined), product(cupy, ordered, joined, is_ordered=True)
+            if is_run:
+                for y in found:
+                    check_product(y, x, *layers, rounds_weights=True)
+
+
+def gate_and_up(activation, x, layers, rounds=False):
+    """The formula in float64; `rounds`: gate and up have x's dtype in between."""
+    products = [x.astype(np.float64) @ weight.astype(np.float64) + bias for weight, _, bias in layers]
+    if rounds:
+        products = [y.astype(x.dtype).astype(np.float64) for y in products]
+    return ACTIVATIONS[activation](products[0]) * products[1]
+
+
+def check_gated(y, x, layers, activation):
+    exact = gate_and_up(activation, x, layers)
+    same = gate_and_up(activation, x, [(weight.astype(x.dtype), None, bias) for weight, _, bias in layers], rounds=True)
+    exact_bound(y, exact, same.astype(y.dtype), ulp=ROUNDING[y.dtype])
+    assert relative_error(y, exact) < (1.2e-3 if y.dtype == float16 else 8e-3)
+
+
+NEARLY = {"gelu": "gelu_tanh", "gelu_tanh": "gelu"}  # as far apart as float16 values are
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("activation", GATES)
+def test_gated(activation, cupy, monkeypatch):
+    layers = gated_layers(40)
+    joined = JoinedQMatrix.from_matrices([layer.q for layer in layers])
+    order = joined.order.get()
+    for is_run, way in ((is_run, way) for is_run in compiled_first() for way in ways()):
+        pin(monkeypatch, way)
+        for rows in (1, 12, 40) if way == "mma" else (100,):
+            x = random(rows, (rows, joined.k), float16)
+            workspace = fresh_workspace(cupy, joined, rows)
+            options = dict(op=qmatmul_gated, activation=activation, workspace=workspace)
+            y, again = (product(cupy, x, joined, shift=shift, **options) for shift in (0, 3))
+            ordered = product(cupy, x[:, order], joined, is_ordered=True, **options)
+            if is_run:
+                check_gated(y, x, layers, activation)
+                check_gated(ordered, x, layers, activation)
+                assert same_bits(again, y) and not workspace[:COUNTERS].get().any()
+                for other in GATES.keys() - {activation, NEARLY.get(activation)}:
+                    with pytest.raises(AssertionError):
+                        check_gated(y, x, layers, other)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("kind", "shares_order", "dtype"),
+    [("gptq", True, float16), ("gptq", False, float16), ("exl2", False, float16), ("exl2", True, bfloat16)],
+)
+def test_gated_of_other_matrices(kind, shares_order, dtype, cupy, monkeypatch):
+    layers = gated_layers(41, kind, shares_order, n=96)
+    joined = JoinedQMatrix.from_matrices([layer.q for layer in layers])
+    assert joined.shares_order == shares_order
+    for is_run, way in ((is_run, way) for is_run in compiled_first() for way in ways()):
+        pin(monkeypatch, way)
+        for rows in (1, 20) if way == "mma" else (100,):
+            x = random(rows, (rows, joined.k), dtype)
+            y = product(cupy, x, joined, op=qmatmul_gated, workspace=fresh_workspace(cupy, joined, rows))
+            if is_run:
+                check_gated(y, x, layers, "silu")
+                with pytest.raises(AssertionError):
+                    check_gated(y, x, layers[::-1], "silu")
+
+
+@pytest.mark.gpu
+def test_gated_in_slices(cupy, monkeypatch):
+    """Partial sums of gate and up wait for each other; long K, few columns."""
+    pin(monkeypatch, "mma")
+    rng = np.random.default_rng(42)
+    made = [random_exl2(rng, (4,), n=40, group_blocks=64, last_blocks=2) for _ in range(2)]
+    made[1]["q_invperm"] = made[0]["q_invperm"]
+    layers = [Layer("cupy", dict(t, q_scale_max=(t["q_scale_max"] / np.float16(150)).astype(np.float16))) for t in made]
+    joined = JoinedQMatrix.from_matrices([layer.q for layer in layers])
+    assert ops_module.pick_config(current_problem(3, joined, is_gated=True)).slices > 1
+    for is_run in compiled_first():
+        for rows in (3, 16):
+            x = random(rows, (rows, joined.k), float16)
+            workspace = fresh_workspace(cupy, joined, rows)
+            y, again = (product(cupy, x, joined, op=qmatmul_gated, workspace=workspace) for _ in range(2))
+            if is_run:
+                check_gated(y, x, layers, "silu")
+                assert same_bits(again, y) and not workspace[:COUNTERS].get().any()

@@ -108,8 +108,8 @@ def _shared_parts(rows, warpgroups_n, width_blocks, has_zeros, matrices, stages)
 
 # What the model of `pick_wgmma_config` believes, fitted to times on an H100: microseconds, or cycles of a multiprocessor.
 MODEL = {
-    "clock": 1430.0e3,  # cycles a microsecond under load
-    "read": 2610000.0e6,  # bytes a microsecond from memory
+    "clock": 1430.0,  # cycles a microsecond under load
+    "read": 2.61e6,  # bytes a microsecond from memory
     "launch": 0.614,
     "begin": 851.0,  # cycles until the first products
     "product": 0.966,  # of a stage, by the cycles that the tensor cores take at best
