@@ -74,7 +74,7 @@ def layout(problem, config):
     ring = config.slots * (scales + c["STEP"] * max(problem.widths) * 4 * c["TILE"])
     steps = math.ceil(problem.blocks / c["STEP"])
     entries = c["STEP"] * (steps + 1)
-    staged_rows = min(8 * config.m_tiles, problem.m)
+    staged_rows = min(8, problem.m) if config.m_tiles == 1 else 8 * config.m_tiles
     stride = min(config.chunk_steps, steps) * (c["STEP"] * c["TILE"] * 2) + 16  # an odd multiple of 16 bytes
     is_direct = config.warps_k == 1 and not problem.is_gated
     handed = 0 if is_direct else warps * staged_rows * c["HANDED_STRIDE"] * 4

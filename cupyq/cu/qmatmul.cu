@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(32 * warps_n * warps_k, blocks_per_sm(has_zero
     };
     let_next_kernel_start();
     int first = blockIdx.y * 8 * m_tiles, groups_of_tiles = (column_tiles + warps_n - 1) / warps_n;
-    Cut cut = {column_tiles, blocks, slices, slice_steps, chunk_steps, min(8 * m_tiles, m)};
+    Cut cut = {column_tiles, blocks, slices, slice_steps, chunk_steps, m_tiles > 1 ? 8 * m_tiles : min(8, m)};
     Output out = {y, residual, partial, arrived + blockIdx.y * groups_of_tiles, m, y_stride, y_is_float};
     multiply_rows<T, has_zeros, widths, m_tiles, warps_n, warps_k, slots, gate>(
         x, matrices.at, matrix_count, Rows{first, min(8 * m_tiles, m - first)}, blocks * TILE, cut, out, blockIdx.x,

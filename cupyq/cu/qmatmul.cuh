@@ -56,7 +56,7 @@ struct Cut {
     int column_tiles;  // of all matrices
     int blocks;        // of each
     int slices, slice_steps, chunk_steps;
-    int staged_rows;  // of x, at most 8 * m_tiles
+    int staged_rows;  // of x: 8 * m_tiles, or fewer with one m tile
 };
 
 struct Output {
@@ -191,13 +191,13 @@ __device__ __forceinline__ void multiply_rows(
     before_x();
 
     // --- one step ---
-    float sums[m_tiles][2][4], of_group[m_tiles][2][4];  // [m tile][mma a][accumulator register]
-    uint32 x_lane[m_tiles];                              // shared address of what this lane points ldmatrix to
-#pragma unroll
-    for (int i = 0; i < m_tiles; i++) {
-        int r = 8 * i + lane % 8;  // rows beyond count fill columns of the result that nobody stores
-        x_lane[i] = shared_address(staged + (r < rows.count ? r : 0) * stride + lane / 8);
-    }
+    // With many rows registers are scarce: products are then scaled block by block, as they come, and not once a group.
+    constexpr bool scales_blocks = m_tiles >= 8;
+    float sums[m_tiles][2][4], of_group[scales_blocks ? 1 : m_tiles][2][4];  // [m tile][mma a][accumulator register]
+    // Shared address of what this lane points ldmatrix to, and how far the next 8 rows are. Rows beyond count fill columns of the
+    // result that nobody stores: any row will do for them.
+    int r = lane % 8, x_tile = 8 * stride * 16;
+    uint32 x_lane = shared_address(staged + (m_tiles > 1 || r < rows.count ? r : 0) * stride + lane / 8);
 
     struct Block {
         const uint32 *words;
@@ -212,28 +212,35 @@ __device__ __forceinline__ void multiply_rows(
         uint32 A[2][2][4];  // [mma a][step j][register]
         [[maybe_unused]] const Vector<half, 4> &zero =
             *(const Vector<half, 4> *)(block.scales + (has_zeros ? STEP * TILE : 0));
-        // With many rows, one mma operand at a time: registers are scarce.
-        constexpr int parts = m_tiles >= 8 ? 2 : 1, operands = 2 / parts;
+        [[maybe_unused]] float factor[4];
+        if constexpr (scales_blocks) {
+            Vector<half, 4> scale = *(const Vector<half, 4> *)block.scales;
+            for (int c = 0; c < 4; c++) factor[c] = to_float(scale[c]);
+        }
 #pragma unroll
-        for (int part = 0; part < parts; part++) {
+        for (int c = 0; c < 4; c++) {
+            auto decode = [&](auto point) {
 #pragma unroll
-            for (int c = part * 2 * operands; c < (part + 1) * 2 * operands; c++) {
-                auto decode = [&](auto point) {
+                for (int p = 0; p < 4; p++) A[c / 2][p / 2][c % 2 + p % 2 * 2] = point.values(own, 4 * c + p);
+            };
+            if constexpr (has_zeros)
+                decode(ZeroPoint<T, bits>(zero[c]));
+            else
+                decode(FixedZero<T, bits>());
+        }
 #pragma unroll
-                    for (int p = 0; p < 4; p++) A[c / 2][p / 2][c % 2 + p % 2 * 2] = point.values(own, 4 * c + p);
-                };
-                if constexpr (has_zeros)
-                    decode(ZeroPoint<T, bits>(zero[c]));
-                else
-                    decode(FixedZero<T, bits>());
-            }
+        for (int i = 0; i < m_tiles; i++) {
+            uint32 xs[4];
+            ldmatrix_x4(xs, x_lane + i * x_tile + block.x);
+            uint32 b[2][2] = {{xs[0], xs[1]}, {xs[2], xs[3]}};
 #pragma unroll
-            for (int i = 0; i < m_tiles; i++) {
-                uint32 xs[4];
-                ldmatrix_x4(xs, x_lane[i] + block.x);
-                uint32 b[2][2] = {{xs[0], xs[1]}, {xs[2], xs[3]}};
-#pragma unroll
-                for (int a = part * operands; a < (part + 1) * operands; a++) {
+            for (int a = 0; a < 2; a++) {
+                if constexpr (scales_blocks) {
+                    float d[4] = {};
+                    mma_16x8x16<T>(d, A[a][0], b[0]);
+                    mma_16x8x16<T>(d, A[a][1], b[1]);
+                    for (int e = 0; e < 4; e++) sums[i][a][e] = fmaf(d[e], factor[2 * a + e / 2], sums[i][a][e]);
+                } else {
                     mma_16x8x16<T>(of_group[i][a], A[a][0], b[0]);
                     mma_16x8x16<T>(of_group[i][a], A[a][1], b[1]);
                 }
@@ -242,7 +249,7 @@ __device__ __forceinline__ void multiply_rows(
     };
     auto begin_group = [&] {
 #pragma unroll
-        for (int i = 0; i < m_tiles; i++)
+        for (int i = 0; i < (scales_blocks ? 0 : m_tiles); i++)
             for (int a = 0; a < 2; a++)
                 for (int e = 0; e < 4; e++) of_group[i][a][e] = 0;
     };
@@ -251,7 +258,7 @@ __device__ __forceinline__ void multiply_rows(
         float factor[4];
         for (int c = 0; c < 4; c++) factor[c] = to_float(scale[c]);
 #pragma unroll
-        for (int i = 0; i < m_tiles; i++)
+        for (int i = 0; i < (scales_blocks ? 0 : m_tiles); i++)
             for (int a = 0; a < 2; a++)
                 for (int e = 0; e < 4; e++)
                     sums[i][a][e] = fmaf(of_group[i][a][e], factor[2 * a + e / 2], sums[i][a][e]);

@@ -38,7 +38,7 @@ from cupyq.ops.reconstruct import launch_reconstruct
 _MAX_SCRATCH_BYTES = 256 * 2**20  # of dequantised weights at a time, for many rows
 
 FUSED_ROWS = 64
-"""Up to so many rows a product is one launch of cu/qmatmul.cu on every GPU, epilogue included."""
+"""Up to so many rows count as few: one launch of cu/qmatmul.cu, epilogue included; on Hopper up to the first of WGMMA_ROWS."""
 
 GATES = {"silu": "SILU", "gelu": "GELU", "gelu_tanh": "GELU_TANH", "relu": "RELU"}
 
@@ -51,9 +51,9 @@ def qmatmul(x, q, *, residual=None, is_ordered=False, dtype=None, out=None, work
     any number of rows; with is_ordered its columns are already in the stored row order `q.order` (zero where that is -1).
     y [..., n] has x's dtype, or float32 with dtype=float32. residual has y's shape and dtype; `out` may be the residual, and
     must not overlap x. fp32 accumulation, one rounding, in which bias and residual are included; the same bits on every run.
-    Few rows (to FUSED_ROWS): fused kernel, in which each group's fp32 sum is multiplied by its scale (weights are not rounded
-    to fp16 first: about 2e-4 norm-wise from, and nearer the exact product than, the definition in `reconstruct`). Many rows:
-    weights in x's dtype, decoded inside the product (Hopper) or before it, and multiplied on the tensor cores.
+    Few rows (16 on Hopper, else FUSED_ROWS): each group's fp32 sum is multiplied by its scale (weights are not rounded to fp16
+    first: about 2e-4 norm-wise from, and nearer the exact product than, the definition in `reconstruct`). Many rows: weights
+    rounded to x's dtype, inside the product (Hopper) or before it, and multiplied on the tensor cores.
     batch_invariant: a row's result depends on that row alone, not on how many others there are, at the cost of speed for many
     rows. `workspace`: float32 array of at least `qmatmul_workspace_size(q, rows)` values, zero when first used; it may serve
     any products one after the other, as its counters are zero again after each. With out and workspace given and up to
@@ -106,8 +106,8 @@ def qmatmul_reference(x, q, residual=None):
 def qmatmul_gated(x, joined, *, activation="silu", is_ordered=False, out=None, workspace=None):
     """y = activation(x @ W_gate (+ bias)) * (x @ W_up (+ bias)), with `joined` the JoinedQMatrix of the two, of one n.
 
-    x [..., k] as qmatmul's; y [..., n] has x's dtype. activation: "silu", "gelu" (erf), "gelu_tanh" or "relu". Few rows (to
-    FUSED_ROWS) are one launch, in which only y is rounded; beyond, gate and up are rounded to x's dtype in between.
+    x [..., k] as qmatmul's; y [..., n] has x's dtype. activation: "silu", "gelu" (erf), "gelu_tanh" or "relu". Few rows (as in
+    qmatmul) are one launch, in which only y is rounded; beyond, gate and up are rounded to x's dtype in between.
     `workspace`, is_ordered and errors as in qmatmul.
     """
     if not isinstance(joined, JoinedQMatrix) or len(joined.matrices) != 2 or len({q.n for q in joined.matrices}) != 1:
@@ -152,7 +152,7 @@ def _most_parts(q, rows, batch_invariant):
     sizes = [
         most_values(current_problem(few, q, is_gated=is_gated), _sliced_values) for is_gated in {False, len(q.matrices) == 2}
     ]
-    if pick_kernel(rows, device.arch) == "wgmma":
+    if pick_kernel(min(rows, WGMMA_ROWS[1]), device.arch) == "wgmma":
         sizes.append(2 * device.sm_count * 256 * 128 + 127 * tile_values)  # whatever its cut, of at most 256 x 128 each
     return max(sizes) + rows * tile_values + tile_values
 
@@ -201,13 +201,13 @@ def _launch_qmatmul(x, q, out, workspace, residual, is_ordered, batch_invariant)
     way = pick_kernel(m, _device.current().arch)
     x, out = x.reshape(m, -1), out.reshape(m, -1)
     residual = None if residual is None else residual.reshape(m, -1)
-    is_wgmma = way == "wgmma" and not batch_invariant
+    is_wgmma = way == "wgmma" and not batch_invariant and q.n % 4 == 0  # its stores are of four values
     if is_wgmma and not suits_wgmma(out, residual):  # the same bits at any address
         aligned = q.xp.empty(out.shape, out.dtype)
         _launch_qmatmul(x, q, aligned, workspace, _copied(residual), is_ordered, False)
         out.data.copy_from_device_async(aligned.data, out.nbytes)
         return
-    is_mma = way == "mma" or batch_invariant
+    is_mma = way == "mma" or batch_invariant or way == "wgmma" and not is_wgmma and m <= FUSED_ROWS
     first_column = 0
     for part in (q,) if q.shares_order and (is_mma or is_wgmma) else q.matrices:
         placed = dict(residual=residual, is_ordered=is_ordered, y_stride=q.n, first_column=first_column)
@@ -340,8 +340,9 @@ def _instances():
     for m, cases in (
         (1, [*few, (float16, False, every), (bfloat16, True, widths[0])]),
         (8, [(float16, False, four)]),
-        (16, [(float16, False, every), (float16, True, four)]),
-        (64, [(bfloat16, False, four), (float16, True, four), (float16, False, every)]),
+        (16, [(float16, True, four)]),
+        (32, [(float16, False, every)]),
+        (64, [(bfloat16, False, four), (float16, True, four)]),
     ):
         for dtype, has_zeros, counts in cases:
             config = pick_config(Problem(m, 128, 128, widths_present(counts), has_zeros, 132, 90))

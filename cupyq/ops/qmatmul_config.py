@@ -34,6 +34,10 @@ class QmatmulConfig:
     thread_blocks: int
     shared_bytes: int
 
+    def staged_rows(self, m):
+        """Rows of shared memory for m rows of x."""
+        return staged_rows(m, self.m_tiles)
+
     @property
     def threads(self):
         return 32 * self.warps_n * self.warps_k
@@ -71,12 +75,16 @@ def widths_present(width_blocks):
     return tuple(bits for bits, count in zip(WIDTHS_IN_ORDER, width_blocks, strict=True) if count)
 
 
+def staged_rows(m, m_tiles):
+    return min(m, 8) if m_tiles == 1 else 8 * m_tiles
+
+
 def make_config(problem, m_tiles, warps_n, warps_k, slots, slices, *, shared_limit=None, per_sm=1):
     """The config of these choices, or None where shared memory does not suffice."""
     steps = problem.steps
     slice_steps = -(-steps // max(1, min(slices, steps)))
     slices = -(-steps // slice_steps)
-    rows, warps = min(problem.m, 8 * m_tiles), warps_n * warps_k
+    rows, warps = staged_rows(problem.m, m_tiles), warps_n * warps_k
     ring = warps * slots * problem.slot_bytes
     table = problem.matrices * STEP_BLOCKS * (steps + 1) * 4
     is_direct = warps_k == 1 and not problem.is_gated

@@ -99,7 +99,7 @@ def _launch_qmatmul_grouped(x, matrices, groups, out, workspace):
         launch(_gather_instance(x.dtype), grid, (128,), (given, matrices.table, groups.tiles, groups.order, x, *sizes))
         pairs_per_row = 1
     sizes = (
-        pairs, pairs_per_row, matrices.column_tiles, x_stride, min(groups.tile_rows, 8 * config.m_tiles), config.slices,
+        pairs, pairs_per_row, matrices.column_tiles, x_stride, config.staged_rows(groups.tile_rows), config.slices,
         config.slice_steps, config.chunk_steps,
     )  # fmt: skip
     arguments = (
@@ -121,7 +121,8 @@ def _instances():
     for dtype, tile_rows, has_zeros, widths in (
         (float16, TILE_ROWS[0], False, (4,)),
         (float16, TILE_ROWS[0], False, (8, 6, 5, 4, 3, 2)),
-        (bfloat16, TILE_ROWS[-1], True, (4,)),
+        (float16, TILE_ROWS[-2], False, (4,)),
+        (bfloat16, TILE_ROWS[0], True, (4,)),
     ):
         config = pick_config(Problem(tile_rows, 128, 128, widths, has_zeros, 132, 90, row_tiles=8))
         sizes = (config.m_tiles, config.warps_n, config.warps_k, config.slots)
