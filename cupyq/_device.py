@@ -34,6 +34,14 @@ def arch_number(arch):
     return int(digits)
 
 
+_SHARED_KIB = {75: 64, 80: 163, 87: 163, 90: 227, 100: 227, 103: 227}
+
+
+def shared_bytes_limit(arch):
+    """Shared memory a block may ask for on an architecture (CUDA programming guide, compute capabilities)."""
+    return _SHARED_KIB.get(arch_number(arch), 99) * 1024
+
+
 def count():
     """Number of usable GPUs: 0 without CuPy, driver or device, never an error."""
     try:

@@ -63,24 +63,21 @@ __device__ __forceinline__ uint32 shared_address(const void *p) { return (uint32
 // Four 8 x 8 matrices of 16-bit values from shared memory into mma fragments. Lane i points to row i % 8 of matrix i / 8
 // (16 aligned bytes). `transposed` also transposes each matrix on the way.
 template <bool transposed = false>
-__device__ __forceinline__ void ldmatrix_x4(uint32 (&r)[4], const void *row) {
+__device__ __forceinline__ void ldmatrix_x4(uint32 (&r)[4], uint32 shared_row) {
     if constexpr (transposed)
         asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
             : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-            : "r"(shared_address(row))
+            : "r"(shared_row)
             : "memory");
     else
         asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
             : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-            : "r"(shared_address(row))
+            : "r"(shared_row)
             : "memory");
 }
-
-__device__ __forceinline__ void ldmatrix_x4(uint32 (&r)[4], uint32 shared_row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-        : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-        : "r"(shared_row)
-        : "memory");
+template <bool transposed = false>
+__device__ __forceinline__ void ldmatrix_x4(uint32 (&r)[4], const void *row) {
+    ldmatrix_x4<transposed>(r, shared_address(row));
 }
 
 // 16 bytes from global to shared memory without passing through registers; zeros where `is_valid` is false (the source is

@@ -18,16 +18,6 @@ static_assert(TILE == 32, "a tile is two 16-row mma operands wide and two k = 16
 constexpr int STEP = 4;
 constexpr int HANDED_STRIDE = 36;  // floats between rows of 32 sums: then the writes of a warp touch all banks
 
-constexpr int width_count(int widths) {
-    int count = 0;
-    for (int bits = 2; bits <= 8; bits++) count += widths >> bits & 1;
-    return count;
-}
-constexpr int widest(int widths) {
-    int bits = 8;
-    while (!(widths >> bits & 1)) bits--;
-    return bits;
-}
 // Two thread blocks share a multiprocessor where that costs no spills: of one kernel, or of this one and the next.
 constexpr int blocks_per_sm(bool has_zeros, int widths, int m_tiles, int warps) {
     int most_warps = m_tiles == 1 ? 12 : m_tiles == 2 ? 8 : 0;
@@ -83,7 +73,7 @@ __device__ __forceinline__ void multiply_rows(
     constexpr int threads = 32 * warps_n * warps_k, slot_size = slot_bytes(has_zeros, widths);
     constexpr int scale_bytes = STEP * 2 * TILE * (has_zeros ? 2 : 1);
     constexpr bool is_gated = gate != PLAIN, is_direct = warps_k == 1 && !is_gated;
-    constexpr bool has_one_width = width_count(widths) == 1;
+    constexpr bool has_one_width = is_one_width(widths);
     extern __shared__ uint4 shared[];
     __shared__ bool is_last;
 

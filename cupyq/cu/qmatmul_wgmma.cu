@@ -24,13 +24,6 @@ constexpr int STAGE_BLOCKS = 2, THREADS = 384;
 constexpr int IMAGE_ROW_BYTES = 128;  // a row's values of a stage
 static_assert(STAGE_BLOCKS * TILE * 2 == IMAGE_ROW_BYTES, "a stage is one swizzled row of x wide");
 
-constexpr int widest(int widths) {
-    int bits = 8;
-    while (!(widths >> bits & 1)) bits--;
-    return bits;
-}
-constexpr bool is_one_width(int widths) { return widths == 1 << widest(widths); }
-
 // What a thread block does next: stages begin .. end - 1 of an item that `parts` thread blocks, `first` and after, share.
 struct Segment {
     int item, begin, end, first, parts;

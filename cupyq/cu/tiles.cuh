@@ -183,6 +183,14 @@ template <typename T, int bits> struct ZeroPoint {
     }
 };
 
+// Of a set of widths, bit by bit: the widest, and whether there is only one.
+constexpr int widest(int widths) {
+    int bits = 8;
+    while (!(widths >> bits & 1)) bits--;
+    return bits;
+}
+constexpr bool is_one_width(int widths) { return widths == 1 << widest(widths); }
+
 // Call f(constant<bits>) for a width known at run time.
 template <int value> struct constant {
     static constexpr int bits = value;

@@ -19,6 +19,7 @@ from cupyq._arrays import (
     output,
     refuse_partial_overlap,
 )
+from cupyq._device import shared_bytes_limit
 from cupyq._kernels import instance, launch
 from cupyq.ops._common import float64, refuse_overlap, vector_width
 
@@ -190,13 +191,6 @@ _DECODE_ROWS = 16  # rows of one mma tile
 _DECODE_KEYS = 16  # keys of one warp's tile
 _SHARE_TILES = 4  # a block takes part in decoding where there are so many tiles for it
 _COUNTERS = 1024  # at the start of the workspace: one per 16 rows of a kv head whose keys are spread over several blocks
-
-_SHARED_BYTES = {75: 64, 80: 163, 87: 163, 90: 227, 100: 227, 103: 227}
-"""Shared memory a block may ask for, KiB, by architecture (CUDA programming guide, compute capabilities); else 99."""
-
-
-def shared_bytes_limit(arch):
-    return _SHARED_BYTES.get(_device.arch_number(arch), 99) * 1024
 
 
 def pick_kernel(dtype, seq, is_aligned, arch):

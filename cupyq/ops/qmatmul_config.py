@@ -15,8 +15,6 @@ COUNTERS = 1024
 workspace serves products of any shapes in turn."""
 
 _HANDED_STRIDE = 36
-_SHARED_KIB = {75: 64, 80: 163, 87: 163, 90: 227, 100: 227, 103: 227}
-"""Shared memory a block may ask for by architecture (CUDA programming guide, compute capabilities); else 99."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,7 @@ class Problem:
 
     @property
     def shared_limit(self):
-        return _SHARED_KIB.get(self.arch_number, 99) * 1024
+        return _device.shared_bytes_limit(f"sm_{self.arch_number}")
 
 
 def widths_present(width_blocks):
