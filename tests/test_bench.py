@@ -365,13 +365,13 @@ def test_a_pinned_way_is_taken_and_let_go():
     ops, wgmma = sweep._ops, sweep._wgmma
     before = ops.pick_kernel, ops.pick_config, wgmma.wgmma_config
     with pytest.raises(RuntimeError), sweep.pinned("mma", "this one"):
-        assert ops.pick_kernel(4096, "sm_90a") == "mma" and ops.pick_config(None) == "this one"
+        assert ops.pick_kernel(4096, "sm_90a", 4096, 4096) == "mma" and ops.pick_config(None) == "this one"
         assert wgmma.wgmma_config is before[2]
         raise RuntimeError
     with sweep.pinned("wgmma", "that one"):
-        assert ops.pick_kernel(1, "sm_80") == "wgmma" and wgmma.wgmma_config(None, 1) == "that one"
+        assert ops.pick_kernel(1, "sm_80", 4096, 4096) == "wgmma" and wgmma.wgmma_config(None, 1) == "that one"
     with sweep.pinned("dequantise"):
-        assert ops.pick_kernel(1, "sm_80") == "dequantise" and ops.pick_config is before[1]
+        assert ops.pick_kernel(1, "sm_80", 4096, 4096) == "dequantise" and ops.pick_config is before[1]
     assert (ops.pick_kernel, ops.pick_config, wgmma.wgmma_config) == before
 
 
@@ -382,14 +382,14 @@ def test_the_sweep_tells_what_the_choice_in_use_loses(capsys):
 
     class Products(Product):
         def microseconds(self, x, expected_us, repeats):
-            way = sweep._ops.pick_kernel(1, "sm_90a")
+            way = sweep._ops.pick_kernel(1, "sm_90a", 4096, 4096)
             picked = sweep._ops.pick_config(None) if way == "mma" and state["case"] != "in use" else None
             return times[state["case"] if state["case"] == "in use" else way if picked is None else (way, picked.slices)]
 
     class Exact:
         def error(self, y):
             state["case"] = "pinned"
-            return 1e-2 if sweep._ops.pick_kernel(1, "sm_90a") == "wgmma" else 1e-4
+            return 1e-2 if sweep._ops.pick_kernel(1, "sm_90a", 4096, 4096) == "wgmma" else 1e-4
 
     cases = [("dequantise", None), ("mma", config(1)), ("mma", config(2)), ("wgmma", config(3))]
     row = sweep._measure(Products(), cases, np.zeros((1, 64), np.float16), Exact(), 5.0)

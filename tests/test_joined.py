@@ -161,7 +161,8 @@ def test_what_is_joined_and_when():
     layers = Layers("exl2", "numpy")
     attention, mlp = layers.attention(layers.quantized), layers.mlp(layers.quantized)
     assert attention._fused(step_with_cache()).matrices == tuple(layers.quantized[name].weight for name in "qkv")
-    assert mlp._gate_and_up(None).matrices == tuple(layers.quantized[name].weight for name in ("gate", "up"))
+    gate_and_up = mlp._joined.matrix_for((mlp.gate, mlp.up), None)
+    assert gate_and_up.matrices == tuple(layers.quantized[name].weight for name in ("gate", "up"))
     assert len(attention.matrices()) == 5 and len(mlp.matrices()) == 4
     assert attention._fused(Step(*TABLES, np.zeros(1, np.int32))) is None  # nowhere to append to
     attention.q_norm = HeadNorm(np.ones(HEAD_DIM, np.float32), kind="layer")

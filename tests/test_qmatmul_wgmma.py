@@ -1,4 +1,4 @@
-"""Quantized products with many rows on Hopper: how they are cut, the images of x, and the kernels against float64."""
+"""Quantized products with many rows on Hopper: how they are cut, and the kernel against float64."""
 
 import math
 
@@ -76,22 +76,6 @@ def test_large_products_keep_every_multiprocessor_busy():
         longest = config.waves * config.stages + min(config.run_stages, config.shared_items * config.stages)
         even = m * n * config.stages / (config.rows * 128 * config.warpgroups_n) / 132
         assert longest <= 1.12 * even, config
-
-
-def test_images_are_where_the_formula_says():
-    rng = np.random.default_rng(1)
-    x = rng.integers(1, 60000, (5, 160)).astype(np.uint16)
-    order = rng.permutation(np.concatenate([np.arange(160), np.full(32, -1)])).astype(np.int32)
-    for column, blocks in ((None, 5), (order, 6)):
-        images = wgmma.arrange_rows_reference(x, column, blocks, 32)
-        assert images.shape == (1, 3, 32, 64)
-        for stage in range(3):
-            for r in range(32):
-                for j in range(64):
-                    at = 64 * stage + j
-                    source = -1 if at >= 32 * blocks else at if column is None else column[at]
-                    expected = x[r, source] if r < 5 and source >= 0 else 0
-                    assert images[0, stage, r, (j // 8 ^ r % 8) * 8 + j % 8] == expected
 
 
 @pytest.mark.parametrize("rows", [64, 128])
@@ -177,36 +161,6 @@ def check_product(y, x, weight, added=0.0):
         return
     same = (x.astype(np.float32) @ rounded.astype(np.float32) + np.float32(added)).astype(y.dtype)
     exact_bound(y, exact, same, ulp=ULP[y.dtype])
-
-
-@pytest.mark.gpu
-def test_images_on_the_gpu(cupy):
-    """On any GPU."""
-    rng = np.random.default_rng(2)
-    for k, blocks, has_order, offset in (
-        (96, 3, False, 0),
-        (96, 3, False, 1),
-        (160, 6, True, 0),
-        (160, 5, True, 1),
-        (60000, 1875, True, 0),
-        (6144, 192, True, 0),
-    ):
-        order = None
-        if has_order:
-            order = np.full(32 * blocks, -1, np.int32)
-            order[rng.permutation(32 * blocks)[:k]] = rng.permutation(k)
-        many = ((600, 64),) if k < 10000 else ()  # by 2, or 4, rows together
-        for m, rows in ((1, 32), (33, 32), (131, 128), *many):
-            x = rng.integers(0, 60000, m * k + offset).astype(np.uint16)
-            given = cupy.asarray(x)[offset:].reshape(m, k)
-            values = wgmma.image_count(m, blocks, rows) * rows * 32
-            guarded = cupy.full(values + 8, np.nan, np.float32)
-            column = None if order is None else cupy.asarray(order)
-            wgmma.launch_arrange_rows(given, column, guarded[4:-4], m, blocks, rows)
-            found = guarded.get()
-            expected = wgmma.arrange_rows_reference(x[offset:].reshape(m, k), order, blocks, rows)
-            np.testing.assert_array_equal(found[4:-4].view(np.uint16), expected.reshape(-1))
-            assert np.isnan(found[:4]).all() and np.isnan(found[-4:]).all()
 
 
 @pytest.mark.gpu

@@ -190,8 +190,12 @@ def quantized():
                         x = array(rows, k, dtype=np.float16)
                         workspace = cupy.zeros(ops.qmatmul_workspace_size(joined, rows), np.float32)
                         ops.qmatmul(x, joined, workspace=workspace)
+                        norm = ops.InputNorm(array(k), 1e-6, np.float16)
+                        ops.qmatmul(array(rows, k), joined, before=norm)
+                        ops.qmatmul(array(rows, 2 * k, dtype=np.float16), joined, before=ops.InputGate())
                         if len(parts) == 2:
                             ops.qmatmul_gated(x, joined, workspace=workspace)
+                            ops.qmatmul_gated(array(rows, k), joined, before=norm)
                         if joined.shares_order:
                             ordered = array(rows, 32 * joined.blocks, dtype=np.float16)
                             ops.qmatmul(ordered, joined, is_ordered=True, dtype=np.float32)

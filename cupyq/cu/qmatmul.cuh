@@ -101,14 +101,16 @@ __device__ __forceinline__ void multiply_rows(
     };
     auto own_tile = [&](int tile, int i) { return is_gated ? tile / 2 : tile - matrices[i].first_tile; };
 
-    // The part of the chunk that begins at step `chunk` of an item's slice which belongs to the warps of this warp_k. It lies at
-    // the same place of every chunk, however short, so that these warps stage their part of x without waiting for others.
+    // The part of the chunk that begins at step `chunk` of an item's slice which belongs to the warps of this warp_k: a run of
+    // steps, or of a mixture every warps_k-th step, so that its wider blocks are everybody's. It lies at the same place of every
+    // chunk, however short, so that these warps stage their part of x without waiting for others.
+    constexpr int step_stride = has_one_width ? 1 : warps_k;
     int share = (cut.chunk_steps + warps_k - 1) / warps_k;
     auto share_of = [&](int item, int chunk, int &step, int &end) {
         int slice = item / groups_of_tiles;
         int chunk_end = min(min(chunk + cut.chunk_steps, (slice + 1) * cut.slice_steps), steps);
-        step = min(chunk + warp_k * share, chunk_end);
-        end = min(step + share, chunk_end);
+        step = min(chunk + warp_k * (has_one_width ? share : 1), chunk_end);
+        end = has_one_width ? min(step + share, chunk_end) : chunk_end;
     };
     auto has_tile = [&](int item) { return item % groups_of_tiles * warps_n + warp_n < cut.column_tiles; };
     auto meet = [&] {  // of the warps that read the same part of x
@@ -170,7 +172,7 @@ __device__ __forceinline__ void multiply_rows(
                 for (int v = 0; v < full / 32; v++)
                     if (32 * v + lane < vectors) copy_async_16(words + v * 512, source + v * 512);
             }
-            ahead.step++;
+            ahead.step += step_stride;
         }
         copy_async_commit();  // one group a slot, empty or not: the waits below count them
     };
@@ -196,7 +198,6 @@ __device__ __forceinline__ void multiply_rows(
     };
     auto multiply_block = [&](auto width, Block block) {
         constexpr int bits = decltype(width)::bits;
-        if constexpr (!(widths >> bits & 1)) return;
         LaneWords<bits> own;
         own.load_shared(block.words, lane);
         uint32 A[2][2][4];  // [mma a][step j][register]
@@ -256,41 +257,48 @@ __device__ __forceinline__ void multiply_rows(
     // Blocks of a step beyond the last of the matrix meet zeros of x.
     auto multiply_step = [&](int slot, const uint32 *table, int step, int chunk) {
         const char *at = (const char *)shared + warp * slots * slot_size + slot * slot_size;
-        const uint32 *entry = table + STEP * step;
         Block block = {
             (const uint32 *)(at + scale_bytes), (const half *)at + 4 * g, uint32(step - chunk) * (STEP * 2 * TILE)};
+        const uint32 *entry = table + STEP * step;
         uint32 first = entry[0], last = entry[STEP - 1];
-        auto of_width = [&](uint32 entry, uint32 next, auto f) {
-            if constexpr (has_one_width)
-                f(constant<widest(widths)>());
-            else
-                with_width((next & 0xffff) - (entry & 0xffff), f);
+        auto of_own_group = [&](auto width, uint32 here) {
+            Block own = block;
+            own.scales += ((here >> 16) - (first >> 16)) * TILE;
+            begin_group();
+            multiply_block(width, own);
+            end_group(own.scales);
+            block.words += decltype(width)::bits * TILE;
+            block.x += 2 * TILE;
         };
-        if (first >> 16 == last >> 16) {  // one group, so one width
-            of_width(first, entry[1], [&](auto width) {
-                begin_group();
-#pragma unroll(m_tiles <= 2 ? STEP : 1)
-                for (int s = 0; s < STEP; s++) {
-                    multiply_block(width, block);
-                    block.words += decltype(width)::bits * TILE;
-                    block.x += 2 * TILE;
-                }
-                end_group(block.scales);
-            });
-        } else {
-#pragma unroll(has_one_width &&m_tiles <= 2 ? 2 : 1)
-            for (int s = 0; s < STEP; s++) {
-                uint32 this_entry = entry[s];
-                of_width(this_entry, entry[s + 1], [&](auto width) {
+        uint32 bits = (entry[1] - first) & 0xffff;
+        if (has_one_width || bits == ((entry[STEP] - last) & 0xffff)) {
+            auto multiply_all = [&](auto width) {
+                if (first >> 16 == last >> 16) {
                     begin_group();
-                    Block own = block;
-                    own.scales += ((this_entry >> 16) - (first >> 16)) * TILE;
-                    multiply_block(width, own);
-                    end_group(own.scales);
-                    block.words += decltype(width)::bits * TILE;
+#pragma unroll(m_tiles <= 2 ? STEP : 1)
+                    for (int s = 0; s < STEP; s++) {
+                        multiply_block(width, block);
+                        block.words += decltype(width)::bits * TILE;
+                        block.x += 2 * TILE;
+                    }
+                    end_group(block.scales);
+                } else {
+#pragma unroll(m_tiles <= 2 ? 2 : 1)
+                    for (int s = 0; s < STEP; s++) of_own_group(width, entry[s]);
+                }
+            };
+            if constexpr (has_one_width)
+                multiply_all(constant<widest(widths)>());
+            else
+                with_width(bits, [&](auto width) {
+                    if constexpr (widths >> decltype(width)::bits & 1) multiply_all(width);
                 });
-                block.x += 2 * TILE;
-            }
+        } else if constexpr (!has_one_width) {  // the few steps where the width changes
+#pragma unroll 1
+            for (int s = 0; s < STEP; s++)
+                with_width((entry[s + 1] - entry[s]) & 0xffff, [&](auto width) {
+                    if constexpr (widths >> decltype(width)::bits & 1) of_own_group(width, entry[s]);
+                });
         }
     };
 
@@ -344,14 +352,14 @@ __device__ __forceinline__ void multiply_rows(
             share_of(item, chunk, step, end);
             if (chunk != staged_chunk) {
                 if (staged_chunk >= 0) meet();
-                int vectors = (end - step) * (STEP * TILE / 8);  // 16-byte ones of a row; zeros beyond the last block
-                int valid = (cut.blocks - step * STEP) * (TILE / 8);
+                constexpr int of_step = STEP * TILE / 8;  // 16-byte vectors of a row; zeros beyond the last block
+                int vectors = (end - step + step_stride - 1) / step_stride * of_step;
                 for (int i = 32 * warp_n + lane; i < rows.count * vectors; i += 32 * warps_n) {
-                    int r = i / vectors, c = i % vectors;
-                    const T *source = x + (int64)rows.of_x(r) * x_stride + step * (STEP * TILE) + c * 8;
-                    copy_async_16(
-                        staged + r * stride + (step - chunk) * (STEP * TILE / 8) + c, c < valid ? source : x,
-                        c < valid);
+                    int r = i / vectors, j = i % vectors,
+                        c = (step + j / of_step * step_stride) * of_step + j % of_step;
+                    bool is_valid = c < cut.blocks * (TILE / 8);
+                    const T *source = x + (is_valid ? (int64)rows.of_x(r) * x_stride + c * 8 : 0);
+                    copy_async_16(staged + r * stride + c - chunk * of_step, source, is_valid);
                 }
                 copy_async_commit();
                 copy_async_wait<0>();
@@ -359,7 +367,7 @@ __device__ __forceinline__ void multiply_rows(
                 staged_chunk = chunk;
             }
             if (!has_tile(item)) end = step;
-            for (; step < end; step++) {
+            for (; step < end; step += step_stride) {
                 copy_async_wait<slots - 1>();
                 __syncwarp();
                 multiply_step(slot, table, step, chunk);

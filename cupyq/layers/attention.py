@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 from typing import Any
 
-from cupyq.layers.joined import JoinedLinear, matrices_of, order_of
+from cupyq.layers.joined import JoinedLinear, matrices_of
 from cupyq.ops.attention import attention
 from cupyq.ops.kv_append import kv_append
+from cupyq.ops.norm import rms_norm
 from cupyq.ops.qkv_append import qkv_append
 from cupyq.ops.qmatmul import qmatmul
 from cupyq.ops.rope import rope
@@ -66,16 +67,17 @@ class Attention:
         self.q_norm, self.k_norm, self.rope_style = q_norm, k_norm, rope_style
         self._joined = JoinedLinear(q, k, v)
 
-    def __call__(self, x, step, *, residual=None, is_ordered=False):
+    def __call__(self, x, step, *, norm=None, residual=None):
         """x [batch, seq, hidden] -> the same shape; or, with a residual, into it what is added to it.
 
-        Writes this layer's part of step.cache, if there is one. is_ordered: the columns of x are in the order that
-        `input_order` gave.
+        Writes this layer's part of step.cache, if there is one. norm: an InputNorm to be applied to x first.
         """
         joined = self._fused(step)
         if joined is not None:
-            q, k, v = self._project_and_append(x, step, joined, is_ordered)
+            q, k, v = self._project_and_append(x, step, joined, norm)
         else:
+            if norm is not None:
+                x = rms_norm(x, norm.weight, eps=norm.eps, dtype=norm.dtype)
             q, k, v = self.project(x, step)
             if step.cache is not None:
                 k_cache, v_cache = step.cache.k[self.layer], step.cache.v[self.layer]
@@ -103,21 +105,18 @@ class Attention:
             return None
         return self._joined.matrix_for((self.q, self.k, self.v), step.adapters)
 
-    def input_order(self, rows, step):
-        """The order in which a norm had best write so many rows of x; None: its own. See `QMatrix.order`."""
-        return order_of(self._fused(step), rows)
-
-    def _project_and_append(self, x, step, joined, is_ordered):
+    def _project_and_append(self, x, step, joined, norm):
         self._check_tables(step)
         k_cache, v_cache = step.cache.k[self.layer], step.cache.v[self.layer]
-        norms = {name: norm.weight for name in ("q_norm", "k_norm") if (norm := getattr(self, name)) is not None}
-        if norms:
-            norms["eps"] = (self.q_norm or self.k_norm).eps
+        heads = {"q_norm": self.q_norm, "k_norm": self.k_norm}
+        head_norms = {name: head_norm.weight for name, head_norm in heads.items() if head_norm is not None}
+        if head_norms:
+            head_norms["eps"] = (self.q_norm or self.k_norm).eps
         tables = (None, None) if self.rope_style is None else (step.sin, step.cos)
-        qkv = qmatmul(x, joined, is_ordered=is_ordered, workspace=step.workspace)
+        qkv = qmatmul(x, joined, before=norm, workspace=step.workspace)
         q = qkv_append(
             qkv, k_cache, v_cache, *tables, step.positions,
-            heads=self.q.n // self.head_dim, style=self.rope_style, **norms,
+            heads=self.q.n // self.head_dim, style=self.rope_style, **head_norms,
         )  # fmt: skip
         return q, k_cache, v_cache
 

@@ -1,8 +1,8 @@
 """One layer of a decoder: attention, and MLP or MoE, after norms and added to the residual.
 
 The residual h is float32 whatever the model: sums over many layers would lose bits in 16, and Gemma's outgrow fp16.
-Where a part says so, the norm before it writes in the order its quantized matrix has its rows in; where there is no
-post-norm, a part's last product adds itself to h.
+A norm that a quantized product can do itself is left to the part behind it; where there is no post-norm, a part's last
+product adds itself to h.
 """
 
 from functools import partial
@@ -18,12 +18,9 @@ class DecoderLayer:
 
     def __call__(self, hidden, step, dtype):
         """hidden float32 [batch, seq, hidden_size], changed in place; `dtype` is that of the activations in between."""
-        order = self.attention.input_order(_rows(hidden), step)
-        x = self.attention_norm(hidden, dtype, order=order)
-        _add_to(hidden, _attention(self.attention, x, order, step), self.attention_post_norm)
-        order = self.mlp.input_order(_rows(hidden), step.adapters)
-        x = self.mlp_norm(hidden, dtype, order=order)
-        _add_to(hidden, _mlp(self.mlp, x, order, step), self.mlp_post_norm)
+        options = dict(adapters=step.adapters, workspace=step.workspace)
+        _add_to(hidden, partial(self.attention, step=step), self.attention_norm, self.attention_post_norm, dtype)
+        _add_to(hidden, partial(self.mlp, **options), self.mlp_norm, self.mlp_post_norm, dtype)
         return hidden
 
     def linears(self):
@@ -42,34 +39,20 @@ class ParallelDecoderLayer:
 
     def __call__(self, hidden, step, dtype):
         """hidden float32 [batch, seq, hidden_size], changed in place; `dtype` is that of the activations in between."""
-        order = self.attention.input_order(_rows(hidden), step)
-        mlp_order = self.mlp.input_order(_rows(hidden), step.adapters)
-        x = self.norm(hidden, dtype, order=order)
-        y = x if mlp_order is order else self.norm(hidden, dtype, order=mlp_order)
-        _add_to(hidden, _attention(self.attention, x, order, step))
-        _add_to(hidden, _mlp(self.mlp, y, mlp_order, step))
+        x = self.norm(hidden, dtype)
+        self.attention(x, step, residual=hidden)
+        self.mlp(x, adapters=step.adapters, workspace=step.workspace, residual=hidden)
         return hidden
 
     linears, matrices = DecoderLayer.linears, DecoderLayer.matrices
 
 
-def _rows(hidden):
-    return hidden.size // hidden.shape[-1]
-
-
-def _attention(attention, x, order, step):
-    """attention(x, step), to be called with or without a residual."""
-    return partial(attention, x, step, **({} if order is None else {"is_ordered": True}))
-
-
-def _mlp(mlp, x, order, step):
-    """As `_attention`, for an MLP or MoE."""
-    options = {} if order is None else {"is_ordered": True}
-    return partial(mlp, x, adapters=step.adapters, workspace=step.workspace, **options)
-
-
-def _add_to(hidden, part, post_norm=None):
+def _add_to(hidden, part, norm, post_norm, dtype):
+    """hidden += post_norm(part(norm(hidden))); post_norm may be None."""
+    x, input_norm = hidden, norm.of_product(dtype)
+    if input_norm is None:
+        x = norm(hidden, dtype)
     if post_norm is None:
-        part(residual=hidden)
+        part(x, norm=input_norm, residual=hidden)
     else:
-        post_norm(part(), residual=hidden, out=hidden)
+        post_norm(part(x, norm=input_norm), residual=hidden, out=hidden)

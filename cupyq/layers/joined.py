@@ -1,6 +1,5 @@
 """Linear layers that read the same input, side by side: one product instead of two or three."""
 
-from cupyq.ops.qmatmul import FUSED_ROWS
 from cupyq.ops.qmatrix_join import JoinedQMatrix
 
 
@@ -29,11 +28,6 @@ def _joined(linears):
         return JoinedQMatrix.from_matrices(linear.weight for linear in linears)
     except ValueError:  # of different sizes or formats
         return None
-
-
-def order_of(matrix, rows):
-    """The order in which so many rows of x had best be written for a JoinedQMatrix (or None, for which it is None)."""
-    return matrix.order if matrix is not None and matrix.shares_order and rows <= FUSED_ROWS else None
 
 
 def matrices_of(linears, *joined):

@@ -4,7 +4,8 @@ import numpy as np
 
 from cupyq.ops.elementwise import add
 from cupyq.ops.matmul import matmul
-from cupyq.ops.qmatmul import FUSED_ROWS, qmatmul
+from cupyq.ops.norm import rms_norm
+from cupyq.ops.qmatmul import InputNorm, qmatmul
 from cupyq.ops.qmatrix import QMatrix
 
 
@@ -25,17 +26,20 @@ class Linear:
         if not self.is_quantized:
             self.stored_dtype = np.dtype(stored_dtype or weight.dtype)
 
-    def __call__(self, x, out=None, dtype=None, adapters=None, *, residual=None, is_ordered=False, workspace=None):
+    def __call__(self, x, out=None, dtype=None, adapters=None, *, before=None, residual=None, workspace=None):
         """x [..., K] -> [..., N]; of `dtype` (default: x's), or into `out`.
 
         adapters: a Selection, whose adapters add what they have for this projection, in fp32 before a second rounding; the
         rows of x are then the rows of its requests, in equal shares.
         residual [..., N] is added to the product; the result has its dtype, and `out` may be the residual itself.
-        is_ordered: the columns of x are in the order that `input_order` gave. workspace: that of `qmatmul`.
+        before: an InputNorm to be applied to x first, or, if quantized, an InputGate. workspace: that of `qmatmul`.
         """
+        if isinstance(before, InputNorm) and (not self.is_quantized or self.is_changed_by(adapters)):
+            x, before = rms_norm(x, before.weight, eps=before.eps, dtype=before.dtype), None
         if self.is_quantized:
             dtype = dtype if residual is None else residual.dtype
-            y = qmatmul(x, self.weight, residual=residual, is_ordered=is_ordered, dtype=dtype, out=out, workspace=workspace)
+            options = dict(before=before, residual=residual, dtype=dtype)
+            y = qmatmul(x, self.weight, out=out, workspace=workspace, **options)
         elif residual is None:
             y = matmul(x, self.weight, transpose=True, bias=self.bias, dtype=dtype, out=out)
         else:
@@ -47,12 +51,6 @@ class Linear:
     def is_changed_by(self, adapters):
         """Whether a selected adapter has a part for this projection; adapters: a Selection or None."""
         return adapters is not None and self.lora is not None and not self.lora.adapters.isdisjoint(adapters.active)
-
-    def input_order(self, rows, adapters=None):
-        """The order (see `QMatrix.order`) in which so many rows of x had best be written for this layer; None: its own."""
-        if not self.is_quantized or rows > FUSED_ROWS or self.is_changed_by(adapters):
-            return None
-        return self.weight.order
 
     @property
     def kind(self):

@@ -1,8 +1,9 @@
 """The MLP of a decoder, gated or not."""
 
-from cupyq.layers.joined import JoinedLinear, matrices_of, order_of
+from cupyq.layers.joined import JoinedLinear, matrices_of
 from cupyq.ops.activation import gelu, gelu_mul, relu, relu_mul, silu, silu_mul
-from cupyq.ops.qmatmul import qmatmul_gated
+from cupyq.ops.norm import rms_norm
+from cupyq.ops.qmatmul import InputGate, qmatmul, qmatmul_gated, suits_input_gate
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 
@@ -30,29 +31,30 @@ class MLP:
         self.gate, self.up, self.down, self.activation = gate, up, down, activation
         self._joined = JoinedLinear(gate, up)
 
-    def __call__(self, x, adapters=None, *, residual=None, is_ordered=False, workspace=None):
+    def __call__(self, x, adapters=None, *, norm=None, residual=None, workspace=None):
         """x [..., hidden] -> the same shape; or, with a residual, into it what is added to it.
 
-        is_ordered: the columns of x are in the order that `input_order` gave. workspace: that of `qmatmul`.
+        norm: an InputNorm to be applied to x first. workspace: that of `qmatmul`.
         """
-        joined = self._gate_and_up(adapters)
-        if joined is not None:
-            inner = qmatmul_gated(x, joined, activation=self.activation, is_ordered=is_ordered, workspace=workspace)
+        joined = self._joined.matrix_for((self.gate, self.up), adapters)
+        gate = None
+        if joined is not None and self._gates_in_down(x.size // x.shape[-1], adapters):
+            inner, gate = qmatmul(x, joined, before=norm, workspace=workspace), InputGate(self.activation)
+        elif joined is not None:
+            inner = qmatmul_gated(x, joined, activation=self.activation, before=norm, workspace=workspace)
+        elif self.gate is None:
+            inner = activate(self.activation, self.up(x, adapters=adapters, before=norm, workspace=workspace))
         else:
-            up = self.up(x, adapters=adapters, workspace=workspace)
-            if self.gate is None:
-                inner = activate(self.activation, up)
-            else:
-                inner = activate(self.activation, self.gate(x, adapters=adapters, workspace=workspace), up)
-        return self.down(inner, adapters=adapters, residual=residual, out=residual, workspace=workspace)
+            if norm is not None:
+                x = rms_norm(x, norm.weight, eps=norm.eps, dtype=norm.dtype)
+            both = (linear(x, adapters=adapters, workspace=workspace) for linear in (self.gate, self.up))
+            inner = activate(self.activation, *both)
+        return self.down(inner, adapters=adapters, before=gate, residual=residual, out=residual, workspace=workspace)
 
-    def _gate_and_up(self, adapters):
-        """The two as one matrix, where they can be one in this step, else None."""
-        return self._joined.matrix_for((self.gate, self.up), adapters)
-
-    def input_order(self, rows, adapters=None):
-        """The order in which a norm had best write so many rows of x; None: its own. See `QMatrix.order`."""
-        return order_of(self._gate_and_up(adapters), rows)
+    def _gates_in_down(self, rows, adapters):
+        """Whether the last product had best do the activation of so many rows itself."""
+        down = self.down
+        return down.is_quantized and not down.is_changed_by(adapters) and suits_input_gate(rows, down.weight)
 
     def linears(self):
         return [linear for linear in (self.gate, self.up, self.down) if linear is not None]

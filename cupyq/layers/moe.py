@@ -5,6 +5,7 @@ import numpy as np
 from cupyq._arrays import namespace
 from cupyq.layers.mlp import activate
 from cupyq.ops.elementwise import add, add_weighted
+from cupyq.ops.norm import rms_norm
 from cupyq.ops.qmatmul_grouped import qmatmul_grouped, qmatmul_grouped_workspace_size
 from cupyq.ops.qmatrix_group import QMatrixGroup
 from cupyq.ops.routing import combine_rows, group_rows, route
@@ -24,11 +25,14 @@ class MoE:
         self.router, self.experts, self.top_k, self.renormalize = router, experts, top_k, renormalize
         self._groups = _grouped(experts)
 
-    def __call__(self, x, adapters=None, *, residual=None, workspace=None):
+    def __call__(self, x, adapters=None, *, norm=None, residual=None, workspace=None):
         """x [..., hidden] -> float32 of the same shape; or, with a residual, into it what is added to it.
 
-        workspace: that of `qmatmul`; products for which it is too small allocate their own.
+        norm: an InputNorm to be applied to x first. workspace: that of `qmatmul`; products for which it is too small
+        allocate their own.
         """
+        if norm is not None:
+            x = rms_norm(x, norm.weight, eps=norm.eps, dtype=norm.dtype)
         rows = x.reshape(-1, x.shape[-1])
         logits = self.router(rows, dtype=np.float32, adapters=adapters)
         weights, chosen = route(logits, self.top_k, renormalize=self.renormalize)
@@ -73,9 +77,6 @@ class MoE:
     def _has_adapters(self, selection):
         """Whether any expert has an adapter that is selected."""
         return any(linear.is_changed_by(selection) for linear in self.linears())
-
-    def input_order(self, rows, adapters=None):
-        """None: the router reads x in its own order. As an MLP's."""
 
     def linears(self):
         """Those of the experts; the router stays unquantized and is not counted."""

@@ -1,6 +1,7 @@
 """Norms with their weights, of whole rows and of single heads."""
 
 from cupyq.ops.norm import head_norm, layer_norm, rms_norm
+from cupyq.ops.qmatmul import InputNorm
 
 
 class RMSNorm:
@@ -13,12 +14,13 @@ class RMSNorm:
     def __init__(self, weight, eps):
         self.weight, self.eps = weight, eps
 
-    def __call__(self, x, dtype=None, residual=None, out=None, order=None):
-        """x [..., dim] -> the same shape, of `dtype` (default: x's); with a residual, the sum of the two, in its dtype.
+    def __call__(self, x, dtype=None, residual=None, out=None):
+        """x [..., dim] -> the same shape, of `dtype` (default: x's); with a residual, the sum of the two, in its dtype."""
+        return rms_norm(x, self.weight, eps=self.eps, dtype=dtype, residual=residual, out=out)
 
-        order: write the columns in the order in which a quantized matrix has its rows, see `QMatrix.order`.
-        """
-        return rms_norm(x, self.weight, eps=self.eps, dtype=dtype, residual=residual, order=order, out=out)
+    def of_product(self, dtype):
+        """This norm as an InputNorm, for a quantized product to do itself."""
+        return InputNorm(self.weight, self.eps, dtype)
 
 
 class LayerNorm:
@@ -27,9 +29,12 @@ class LayerNorm:
     def __init__(self, weight, bias, eps):
         self.weight, self.bias, self.eps = weight, bias, eps
 
-    def __call__(self, x, dtype=None, residual=None, out=None, order=None):
+    def __call__(self, x, dtype=None, residual=None, out=None):
         """As RMSNorm's."""
-        return layer_norm(x, self.weight, self.bias, eps=self.eps, dtype=dtype, residual=residual, order=order, out=out)
+        return layer_norm(x, self.weight, self.bias, eps=self.eps, dtype=dtype, residual=residual, out=out)
+
+    def of_product(self, dtype):
+        """None: no product does it."""
 
 
 class HeadNorm:

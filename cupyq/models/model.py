@@ -251,9 +251,9 @@ class Model:
         """float32 [batch, seq, vocab_size] of a residual; `last_only`: of its last position."""
         if last_only:
             hidden = self.xp.ascontiguousarray(hidden[:, -1:])
-        order = self.head.input_order(hidden.shape[0] * hidden.shape[1], step.adapters)
-        normed, is_ordered = self.norm(hidden, self.dtype, order=order), order is not None
-        logits = self.head(normed, dtype=float32, adapters=step.adapters, is_ordered=is_ordered, workspace=step.workspace)
+        norm = self.norm.of_product(self.dtype)
+        x = self.norm(hidden, self.dtype) if norm is None else hidden
+        logits = self.head(x, dtype=float32, adapters=step.adapters, before=norm, workspace=step.workspace)
         if logits.shape[-1] != self.config.vocab_size:  # quantizers pad the head to a multiple of 32 columns
             logits = self.xp.ascontiguousarray(logits[..., : self.config.vocab_size])
         if self.config.logit_softcap is not None:

@@ -18,7 +18,7 @@ from cupyq.ops.matmul import gemm, matmul
 from cupyq.ops.norm import head_norm, layer_norm, rms_norm
 from cupyq.ops.penalties import PenaltyTable, penalize, penalize_workspace_size
 from cupyq.ops.qkv_append import qkv_append
-from cupyq.ops.qmatmul import qmatmul, qmatmul_gated, qmatmul_workspace_size
+from cupyq.ops.qmatmul import InputGate, InputNorm, qmatmul, qmatmul_gated, qmatmul_workspace_size
 from cupyq.ops.qmatmul_grouped import qmatmul_grouped, qmatmul_grouped_workspace_size
 from cupyq.ops.qmatrix import QMatrix
 from cupyq.ops.qmatrix_group import QMatrixGroup
@@ -38,6 +38,8 @@ from cupyq.ops.routing import combine_rows, group_rows, route
 from cupyq.ops.sampling import SamplerTable, sample, sample_workspace_size
 
 __all__ = [
+    "InputGate",
+    "InputNorm",
     "JoinedQMatrix",
     "PenaltyTable",
     "QMatrix",

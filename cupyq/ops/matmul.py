@@ -124,27 +124,43 @@ _TRANSPOSED, _AS_STORED = 1, 0
 _DISALLOW_REDUCED_PRECISION_REDUCTION = 16
 
 
-def multiply_into(out, x, weight, *, transpose=False, first_column=0, bias=None, alpha=1.0, beta=0.0, out_stride=None):
+def multiply_into(out, x, weight, *, transpose=False, first_column=0, bias=None, alpha=1.0, beta=0.0):
     """out[:, first_column : first_column + columns] = alpha * x @ weight + beta * out, all 2-D CuPy arrays, without checks.
 
-    out_stride: elements from a row of out to the next where out is itself some columns of a wider array.
     cuBLAS is column-major: it computes out.T = weight.T @ x.T. A bias is written to out first and accumulated onto in fp32.
+    cuBLAS chooses its kernel by the alignment of addresses, too: what does not begin at a multiple of 16 bytes is copied, so
+    that the bits do not depend on where an array lies.
     """
     cuda, device_id = sys.modules["cupy"].cuda, x.data.device_id
     if device_id == cuda.runtime.getDevice():
-        _multiply_here(cuda, device_id, out, x, weight, transpose, first_column, bias, alpha, beta, out_stride)
+        placed = _aligned(out)
+        _multiply_here(cuda, device_id, placed, _aligned(x), _aligned(weight), transpose, first_column, bias, alpha, beta)
+        if placed is not out:
+            _copy(placed, out)
     else:
         with cuda.Device(device_id):
-            _multiply_here(cuda, device_id, out, x, weight, transpose, first_column, bias, alpha, beta, out_stride)
+            multiply_into(out, x, weight, transpose=transpose, first_column=first_column, bias=bias, alpha=alpha, beta=beta)
 
 
-def _multiply_here(cuda, device_id, out, x, weight, transpose, first_column, bias, alpha, beta, out_stride):
+def _aligned(array):
+    if array.data.ptr % 16 == 0:
+        return array
+    return _copy(array, sys.modules["cupy"].empty(array.shape, array.dtype))
+
+
+def _copy(array, to):
+    if not is_tracing():
+        to.data.copy_from_device_async(array.data, array.nbytes)
+    return to
+
+
+def _multiply_here(cuda, device_id, out, x, weight, transpose, first_column, bias, alpha, beta):
     rows, k = x.shape
     weight_rows, weight_columns = weight.shape
     columns = weight_rows if transpose else weight_columns
-    stride = out.shape[1] if out_stride is None else out_stride
+    stride = out.shape[1]
     if bias is not None:
-        fill_rows(bias, None, out, first_column, columns, stride)
+        fill_rows(bias, None, out, first_column, columns)
         beta = 1.0
     if is_tracing():
         return
@@ -258,11 +274,9 @@ def _fail(status, action):
     raise BackendError(f"cuBLAS cannot {action}: {name.decode() if name else f'status {status}'}")
 
 
-def fill_rows(bias, residual, out, first_column, columns, stride):
+def fill_rows(bias, residual, out, first_column, columns):
     """out[:, first_column : ...] = bias + residual, what a product can be accumulated onto; either may be None."""
-    rows = out.shape[0]
-    if stride != out.shape[1]:  # an array without the gaps, as the kernel knows them
-        out = sys.modules["cupy"].ndarray((rows - 1) * stride + columns, out.dtype, out.data)
+    rows, stride = out.shape
     arguments = (bias, residual, out, *map(np.int32, (rows, stride, first_column, columns)))
     launch(
         _fill_rows_instance(float32 if bias is None else bias.dtype, out.dtype),

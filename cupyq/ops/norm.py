@@ -98,7 +98,7 @@ def rms_norm_reference(x, weight, eps, residual=None, order=None):
 
 def _launch_rms_norm(x, weight, eps, residual, order, out):
     dim, count = weight.size, out.shape[-1]
-    warps = _warps(dim)
+    warps = norm_warps(dim)
     vector = access_width(math.gcd(dim, count), x, weight, residual, order, out)
     sizes = (np.int32(dim), np.int32(count), np.float32(eps))
     kernel = _row_instance("rms_norm", x.dtype, weight.dtype, out.dtype, vector, warps, order is not None)
@@ -115,7 +115,7 @@ def _row_bytes(order, dim, out):
     return dim * out.itemsize
 
 
-def _warps(dim):
+def norm_warps(dim):
     """Enough threads for a row to be loaded at once; so many for any number of rows, so that these do not change the bits."""
     return 1 if dim <= 256 else 8 if dim <= 2048 else 16
 
@@ -161,7 +161,7 @@ def layer_norm_reference(x, weight, bias, eps, residual=None, order=None):
 
 def _launch_layer_norm(x, weight, bias, eps, residual, order, out):
     dim, count = weight.size, out.shape[-1]
-    warps = _warps(dim)
+    warps = norm_warps(dim)
     vector = access_width(math.gcd(dim, count), x, weight, bias, residual, order, out)
     sizes = (np.int32(dim), np.int32(count), np.float32(eps))
     kernel = _row_instance("layer_norm", x.dtype, weight.dtype, out.dtype, vector, warps, order is not None)

@@ -6,6 +6,7 @@ import numpy as np
 
 from cupyq import _device
 from cupyq._arrays import (
+    FLOATS,
     accepts_dlpack,
     bfloat16,
     byte_bounds,
@@ -20,7 +21,10 @@ from cupyq._kernels import instance, launch
 from cupyq.formats.tiles import TILE
 from cupyq.ops._common import float64, refuse_overlap, store
 from cupyq.ops.activation import activation_reference, launch_activate
+from cupyq.ops.arrange import launch_arrange_gated, launch_arrange_normed, suits_arrange
+from cupyq.ops.gather_columns import launch_gather_columns
 from cupyq.ops.matmul import fill_rows, multiply_into
+from cupyq.ops.norm import rms_norm, rms_norm_reference
 from cupyq.ops.qmatmul_config import (
     COUNTERS,
     Problem,
@@ -43,12 +47,30 @@ FUSED_ROWS = 64
 GATES = {"silu": "SILU", "gelu": "GELU", "gelu_tanh": "GELU_TANH", "relu": "RELU"}
 
 
+@dataclasses.dataclass(frozen=True)
+class InputNorm:
+    """An RMSNorm that a product applies to its x: rms_norm(x, weight, eps=eps, dtype=dtype), x of any of the three types."""
+
+    weight: object  # [k], float16, bfloat16 or float32
+    eps: float
+    dtype: object  # float16 or bfloat16; on NumPy also float32
+
+
+@dataclasses.dataclass(frozen=True)
+class InputGate:
+    """A gate that a product applies to its x, gate and up side by side: activation(x[..., :k]) * x[..., k:], in x's dtype."""
+
+    activation: str = "silu"
+    """As of qmatmul_gated."""
+
+
 @accepts_dlpack
-def qmatmul(x, q, *, residual=None, is_ordered=False, dtype=None, out=None, workspace=None, batch_invariant=False):
+def qmatmul(x, q, *, before=None, residual=None, is_ordered=False, dtype=None, out=None, workspace=None, batch_invariant=False):
     """y = x @ W (+ bias) (+ residual) with the quantized weights W [k, n] of `q`.
 
     q: a QMatrix, or a JoinedQMatrix of several side by side. x [..., k]: float16 or bfloat16 (on NumPy also float32), with
     any number of rows; with is_ordered its columns are already in the stored row order `q.order` (zero where that is -1).
+    before: what is done to x first, an InputNorm or an InputGate; the result takes the place of x, and is never is_ordered.
     y [..., n] has x's dtype, or float32 with dtype=float32. residual has y's shape and dtype; `out` may be the residual, and
     must not overlap x. fp32 accumulation, one rounding, in which bias and residual are included; the same bits on every run.
     Few rows (16 on Hopper, else FUSED_ROWS): each group's fp32 sum is multiplied by its scale (weights are not rounded to fp16
@@ -60,13 +82,14 @@ def qmatmul(x, q, *, residual=None, is_ordered=False, dtype=None, out=None, work
     FUSED_ROWS rows, nothing is allocated.
     Raises TypeError / ValueError for wrong dtypes, shapes, strides, devices.
     """
-    xp, out = _check_product(x, q, is_ordered, None if dtype is None else np.dtype(dtype), out, _columns(q), residual)
+    dtype = None if dtype is None else np.dtype(dtype)
+    xp, out = _check_product(x, q, before, is_ordered, dtype, out, _columns(q), residual)
     if x.size == 0:
         return out
     if xp is np:
-        store(out, qmatmul_reference(x, q, residual))
+        store(out, qmatmul_reference(x, q, residual, before))
     else:
-        _launch_qmatmul(x, q, out, workspace, residual, is_ordered, batch_invariant)
+        _launch_qmatmul(x, q, out, workspace, residual, is_ordered, batch_invariant, before)
     return out
 
 
@@ -77,12 +100,26 @@ def _columns(q):
     return q.n
 
 
-def _check_product(x, q, is_ordered, dtype, out, n, residual=None):
-    xp = namespace(x=x, q=q, residual=residual)
+def _check_product(x, q, before, is_ordered, dtype, out, n, residual=None):
+    xp = namespace(x=x, q=q, residual=residual, before=getattr(before, "weight", None))
     k = q.k if xp is np or not is_ordered else q.blocks * TILE
-    check(x, "x", dtype=(float16, bfloat16, float32) if xp is np else (float16, bfloat16), last=k)
-    out = output(xp, out, (*x.shape[:-1], n), x.dtype if dtype is None else dtype)
-    check(out, "out", dtype=(x.dtype, float32))
+    types = (float16, bfloat16, float32) if xp is np else (float16, bfloat16)
+    x_types, x_dtype = types, x.dtype
+    if before is not None and is_ordered:
+        raise ValueError("before and is_ordered exclude each other: what is done to x first reads it in the model's order")
+    if isinstance(before, InputNorm):
+        x_types, x_dtype = FLOATS, np.dtype(before.dtype)
+        if x_dtype not in types:
+            raise TypeError(f"before.dtype must be one of {', '.join(map(str, types))}, got {x_dtype}")
+        check(before.weight, "before.weight", dtype=FLOATS, shape=(q.k,))
+    elif isinstance(before, InputGate):
+        _check_activation(before.activation)
+        k *= 2
+    elif before is not None:
+        raise TypeError(f"before must be an InputNorm, an InputGate or None, got {type(before).__name__}")
+    check(x, "x", dtype=x_types, last=k)
+    out = output(xp, out, (*x.shape[:-1], n), x_dtype if dtype is None else dtype)
+    check(out, "out", dtype=(x_dtype, float32))
     refuse_overlap(out, "out", x=x)
     if residual is not None:
         check(residual, "residual", dtype=out.dtype, shape=out.shape)
@@ -92,8 +129,8 @@ def _check_product(x, q, is_ordered, dtype, out, n, residual=None):
     return xp, out
 
 
-def qmatmul_reference(x, q, residual=None):
-    x = float64(x)
+def qmatmul_reference(x, q, residual=None, before=None):
+    x = float64(_changed_reference(x, before))
     parts = [x.reshape(-1, q.k) @ float64(matrix.dense) for matrix in q.matrices]
     for part, matrix in zip(parts, q.matrices, strict=True):
         if matrix.bias is not None:
@@ -102,33 +139,57 @@ def qmatmul_reference(x, q, residual=None):
     return y if residual is None else y + float64(residual)
 
 
+def _changed_reference(x, before):
+    """x after what is done `before`, rounded."""
+    if before is None:
+        return x
+    if isinstance(before, InputNorm):
+        values, dtype = rms_norm_reference(x, before.weight, before.eps), before.dtype
+    else:
+        gate, up = np.split(x, 2, axis=-1)
+        values, dtype = activation_reference(gate, before.activation) * float64(up), x.dtype
+    y = np.empty(values.shape, dtype)
+    store(y, values)
+    return y
+
+
 @accepts_dlpack
-def qmatmul_gated(x, joined, *, activation="silu", is_ordered=False, out=None, workspace=None):
+def qmatmul_gated(x, joined, *, activation="silu", before=None, is_ordered=False, out=None, workspace=None):
     """y = activation(x @ W_gate (+ bias)) * (x @ W_up (+ bias)), with `joined` the JoinedQMatrix of the two, of one n.
 
     x [..., k] as qmatmul's; y [..., n] has x's dtype. activation: "silu", "gelu" (erf), "gelu_tanh" or "relu". Few rows (as in
     qmatmul) are one launch, in which only y is rounded; beyond, gate and up are rounded to x's dtype in between.
-    `workspace`, is_ordered and errors as in qmatmul.
+    before (an InputNorm or None), `workspace`, is_ordered and errors as in qmatmul.
     """
     if not isinstance(joined, JoinedQMatrix) or len(joined.matrices) != 2 or len({q.n for q in joined.matrices}) != 1:
         raise TypeError("joined must be a JoinedQMatrix of two matrices with the same n: gate and up")
-    if activation not in GATES:
-        raise ValueError(f"activation must be one of {', '.join(GATES)}, got {activation!r}")
-    xp, out = _check_product(x, joined, is_ordered, None, out, joined.matrices[0].n)
-    if out.dtype != x.dtype:
-        raise TypeError(f"out must have x's dtype, {x.dtype}, got {out.dtype}")
+    _check_activation(activation)
+    if isinstance(before, InputGate):
+        raise TypeError("before must be an InputNorm or None: gate and up are what this op makes")
+    xp, out = _check_product(x, joined, before, is_ordered, None, out, joined.matrices[0].n)
+    dtype = np.dtype(x.dtype if before is None else before.dtype)
+    if out.dtype != dtype:
+        raise TypeError(f"out must have x's dtype, {dtype}, got {out.dtype}")
     if x.size == 0:
         return out
     if xp is np:
-        store(out, qmatmul_gated_reference(x, joined, activation))
+        store(out, qmatmul_gated_reference(x, joined, activation, before))
     else:
-        _launch_gated(x, joined, activation, out, workspace, is_ordered)
+        if before is not None:
+            way = _way(x.size // joined.k, joined)
+            x, is_ordered = _changed(x, joined, before, way)
+        _launch_gated(x, joined, GATES[activation], out, workspace, is_ordered)
     return out
 
 
-def qmatmul_gated_reference(x, joined, activation):
-    gate, up = (qmatmul_reference(x, q) for q in joined.matrices)
+def qmatmul_gated_reference(x, joined, activation, before=None):
+    gate, up = (qmatmul_reference(x, q, before=before) for q in joined.matrices)
     return activation_reference(gate, activation) * up
+
+
+def _check_activation(activation):
+    if activation not in GATES:
+        raise ValueError(f"activation must be one of {', '.join(GATES)}, got {activation!r}")
 
 
 # --- which kernel -----------------------------------------------------------------------------------------------------
@@ -152,7 +213,7 @@ def _most_parts(q, rows, batch_invariant):
     sizes = [
         most_values(current_problem(few, q, is_gated=is_gated), _sliced_values) for is_gated in {False, len(q.matrices) == 2}
     ]
-    if pick_kernel(min(rows, WGMMA_ROWS[1]), device.arch) == "wgmma":
+    if rows >= WGMMA_ROWS[0] and pick_kernel(WGMMA_ROWS[0], device.arch, q.k, q.n) == "wgmma":
         sizes.append(2 * device.sm_count * 256 * 128 + 127 * tile_values)  # whatever its cut, of at most 256 x 128 each
     return max(sizes) + rows * tile_values + tile_values
 
@@ -161,15 +222,29 @@ def _sliced_values(m, problem, config):
     return config.slices * m * problem.column_tiles * TILE if config.slices > 1 else 0
 
 
-def pick_kernel(m, arch):
-    """Which way m rows go: "mma", cu/qmatmul.cu; "wgmma", Hopper's own kernel; "dequantise", reconstruct and cuBLAS."""
-    if arch == "sm_90a" and WGMMA_ROWS[0] <= m <= WGMMA_ROWS[1]:
+def pick_kernel(m, arch, k, n, is_gated=False):
+    """Which way m rows go: "mma", cu/qmatmul.cu; "wgmma", Hopper's own kernel; "dequantise", reconstruct and cuBLAS.
+
+    is_gated: an InputGate comes before, which costs a pass less in Hopper's own.
+    """
+    if arch == "sm_90a" and WGMMA_ROWS[0] <= m <= _most_wgmma_rows(k, n, is_gated):
         return "wgmma"
     return "mma" if m <= FUSED_ROWS else "dequantise"
 
 
 WGMMA_ROWS = (17, 8192)
-"""From and to how many rows Hopper's own kernel is the quickest."""
+"""From how many rows Hopper's own kernel is the quickest, and to how many at most."""
+
+
+def _most_wgmma_rows(k, n, is_gated):
+    """From the sweeps of docs/measured.md: arranging x grows with m * k, dequantising W does not."""
+    if k < 8192:
+        return WGMMA_ROWS[1]
+    return 1536 if k > 2 * n and not is_gated else 3072
+
+
+def _way(m, q, is_gated=False):
+    return pick_kernel(m, _device.current().arch, q.k, q.n, is_gated)
 
 
 def workspace_parts(m, joined, config):
@@ -196,17 +271,19 @@ def _check_workspace(workspace, parts, rows, **others):
     refuse_overlap(workspace, "workspace", **others)
 
 
-def _launch_qmatmul(x, q, out, workspace, residual, is_ordered, batch_invariant):
+def _launch_qmatmul(x, q, out, workspace, residual, is_ordered, batch_invariant, before=None):
     m = x.size // x.shape[-1]
-    way = pick_kernel(m, _device.current().arch)
+    way = _way(m, q, isinstance(before, InputGate))
     x, out = x.reshape(m, -1), out.reshape(m, -1)
     residual = None if residual is None else residual.reshape(m, -1)
     is_wgmma = way == "wgmma" and not batch_invariant and q.n % 4 == 0  # its stores are of four values
     if is_wgmma and not suits_wgmma(out, residual):  # the same bits at any address
         aligned = q.xp.empty(out.shape, out.dtype)
-        _launch_qmatmul(x, q, aligned, workspace, _copied(residual), is_ordered, False)
+        _launch_qmatmul(x, q, aligned, workspace, _copied(residual), is_ordered, False, before)
         out.data.copy_from_device_async(aligned.data, out.nbytes)
         return
+    if before is not None and not (is_wgmma and suits_arrange(q.k)):
+        x, is_ordered, before = *_changed(x, q, before, way), None
     is_mma = way == "mma" or batch_invariant or way == "wgmma" and not is_wgmma and m <= FUSED_ROWS
     first_column = 0
     for part in (q,) if q.shares_order and (is_mma or is_wgmma) else q.matrices:
@@ -219,10 +296,43 @@ def _launch_qmatmul(x, q, out, workspace, residual, is_ordered, batch_invariant)
             if workspace is not None:
                 parts = wgmma_workspace_parts(m, part.blocks, wgmma_config(part, m))
                 _check_workspace(workspace, parts, m, x=x, out=out, residual=residual)
-            launch_wgmma(x, part, out, m, workspace, **placed)
+            launch_wgmma(x, part, out, m, workspace, **placed, **_arrangement(x, part, before))
         else:
             _launch_dequantised(x, part, out, first_column, residual, is_ordered)
         first_column += part.n
+
+
+def _changed(x, q, before, way):
+    """(x after what is done `before`, whether it is in stored row order)"""
+    if isinstance(before, InputNorm):
+        order = q.order if q.shares_order and way != "dequantise" else None
+        return rms_norm(x, before.weight, eps=before.eps, dtype=before.dtype, order=order), order is not None
+    gate, up = (x[..., columns].copy() for columns in (slice(q.k), slice(q.k, None)))
+    launch_activate(GATES[before.activation], gate, up, gate)
+    return gate, False
+
+
+def _arrangement(x, q, before):
+    """What launch_wgmma arranges in place of x."""
+    m = len(x)
+    if isinstance(before, InputNorm):
+        dtype = np.dtype(before.dtype)
+
+        def arrange(order, images, rows):
+            launch_arrange_normed(x, before.weight, before.eps, dtype, order, images, m, q.blocks, rows)
+    elif isinstance(before, InputGate):
+        dtype = x.dtype
+
+        def arrange(order, images, rows):
+            launch_arrange_gated(x, None, GATES[before.activation], order, images, m, q.blocks, rows)
+    else:
+        return {}
+    return {"arrange": arrange, "dtype": dtype}
+
+
+def suits_input_gate(rows, q):
+    """Whether products of so many rows with q do well to apply an InputGate themselves: it then costs a pass less."""
+    return q.xp is not np and _way(rows, q, is_gated=True) == "wgmma" and suits_arrange(q.k)
 
 
 def _copied(array):
@@ -233,17 +343,17 @@ def _copied(array):
     return copy
 
 
-def _launch_gated(x, joined, activation, out, workspace, is_ordered):
+def _launch_gated(x, joined, gate, out, workspace, is_ordered):
     m = x.size // x.shape[-1]
-    if pick_kernel(m, _device.current().arch) == "mma" and joined.shares_order:
+    if _way(m, joined) == "mma" and joined.shares_order:
         config = pick_config(current_problem(m, joined, is_gated=True))
         if config.warps_n % 2 == 0:
-            _launch_fused(x, joined, out, m, workspace, config, is_ordered=is_ordered, gate=GATES[activation])
+            _launch_fused(x, joined, out, m, workspace, config, is_ordered=is_ordered, gate=gate)
             return
-    gate, up = out, joined.xp.empty_like(out)
-    for q, y in zip(joined.matrices, (gate, up), strict=True):
+    first, up = out, joined.xp.empty_like(out)
+    for q, y in zip(joined.matrices, (first, up), strict=True):
         _launch_qmatmul(x, q, y, workspace, None, is_ordered, False)
-    launch_activate(GATES[activation], gate, up, out)
+    launch_activate(gate, first, up, out)
 
 
 def _invariant_config(m, q):
@@ -278,13 +388,13 @@ def _launch_fused(
     # Inside the product each thread block would gather anew, at a 32-byte sector for every 2-byte value; and its copies of x
     # take 16 bytes.
     if order is not None or byte_bounds(x)[0] % 16 != 0:
-        x = _launch_gather(x, order, space[partials : partials + gathered], m, joined.blocks)
+        x = launch_gather_columns(x, order, space[partials : partials + gathered].view(x.dtype), m, joined.blocks)
     y_stride = (joined.matrices[0].n if gate != "PLAIN" else joined.n) if y_stride is None else y_stride
     if first_column:
         out, residual = (None if a is None else a.reshape(-1)[first_column:] for a in (out, residual))
     sizes = (
-        len(joined.matrices), joined.column_tiles, joined.blocks, config.slices, config.slice_steps, config.chunk_steps, m,
-        y_stride,
+        len(joined.matrices), joined.column_tiles, joined.blocks, config.slices, config.slice_steps, config.chunk_steps,
+        m, y_stride,
     )  # fmt: skip
     arguments = (
         joined.rows, x, out, residual, space, arrived, *map(np.int32, sizes),
@@ -292,18 +402,6 @@ def _launch_fused(
     )  # fmt: skip
     kernel = product_instance("qmatmul", x.dtype, joined, config, gate)
     launch(kernel, (config.thread_blocks, -(-m // (8 * config.m_tiles))), (config.threads,), arguments, config.shared_bytes)
-
-
-def _launch_gather(x, order, space, m, blocks):
-    count = blocks * TILE
-    gathered = space.view(x.dtype)
-    arguments = (x, order, gathered, *map(np.int32, (m, x.shape[-1], count)))
-    launch(_gather_instance(x.dtype), (-(-count // 256), min(m, 65535)), (128,), arguments)
-    return gathered
-
-
-def _gather_instance(dtype):
-    return instance("gather_columns", dtype)
 
 
 def product_instance(kernel, dtype, matrices, config, *gate):
@@ -323,7 +421,7 @@ def _launch_dequantised(x, q, out, first_column, residual, is_ordered):
     scratch = q.xp.empty(k * min(chunk, q.tiles.layout.padded_n), x.dtype)
     has_residual = residual is not None
     if has_residual:  # what the product is accumulated onto, in fp32
-        fill_rows(q.bias, residual, out, first_column, q.n, out.shape[1])
+        fill_rows(q.bias, residual, out, first_column, q.n)
     for first in range(0, q.n, chunk):
         columns = min(chunk, q.n - first)
         weight = scratch[: k * columns].reshape(k, columns)
@@ -333,7 +431,6 @@ def _launch_dequantised(x, q, out, first_column, residual, is_ordered):
 
 
 def _instances():
-    yield from map(_gather_instance, (float16, bfloat16))
     widths = [tuple(int(i == j) for j in range(6)) for i in range(6)]
     four, every = widths[3], (1,) * 6
     few = [(float16, False, counts) for counts in widths] + [(bfloat16, False, four), (float16, True, four)]

@@ -176,7 +176,7 @@ def pick_config(problem):
             if half is not None and half.chunk_steps == half.slice_steps:
                 return half
             whole = make_config(problem, *choice)
-            if whole is not None and (whole.chunk_steps == whole.slice_steps or whole.chunk_steps >= 8 or slots == 2):
+            if whole is not None and (whole.chunk_steps >= min(whole.slice_steps, max(8, 2 * warps_k)) or slots == 2):
                 return whole
     for tiles in (8, 4, 2, 1):  # little shared memory: fewer rows at a time
         if tiles <= tiles_for(problem.m) and (config := make_config(problem, tiles, 2, 1, 2, 1)) is not None:

@@ -1,6 +1,6 @@
-"""Products of quantized weights with many rows, on Hopper: how they are cut, and the two kernels that make them.
+"""Products of quantized weights with many rows, on Hopper: how they are cut, and the kernel that makes them.
 
-x is first rewritten as the kernel wants it in shared memory, in the stored row order of the weights (cu/arrange_rows.cu), then
+x is first rewritten as the kernel wants it in shared memory, in the stored row order of the weights (ops/arrange.py), then
 multiplied (cu/qmatmul_wgmma.cu).
 An item is `rows` rows and 128 * warpgroups_n columns of the result, a stage 64 stored rows of the weights.
 """
@@ -14,15 +14,14 @@ from cupyq import _device
 from cupyq._arrays import bfloat16, byte_bounds, float16
 from cupyq._kernels import instance, launch
 from cupyq.formats.tiles import TILE, WIDTHS_IN_ORDER
+from cupyq.ops.arrange import STAGE_BLOCKS, STAGE_COLUMNS, image_count, launch_arrange_rows
 from cupyq.ops.matrix_table import moved
 from cupyq.ops.qmatmul_config import COUNTERS
 
-STAGE_BLOCKS = 2
 THREADS = 384
 SHARED_BYTES = 227 * 1024
 """What a thread block may have on Hopper (CUDA programming guide, compute capabilities)."""
 
-_STAGE_COLUMNS = STAGE_BLOCKS * TILE
 _STATIC_BYTES = 512  # the kernel's barriers, rounded up
 _RING = 12  # stages on their way: more do not help, and the kernel has barriers for 16
 
@@ -103,7 +102,7 @@ def _shared_parts(rows, warpgroups_n, width_blocks, has_zeros, matrices, stages)
     widest = next(bits for bits, count in zip(WIDTHS_IN_ORDER, width_blocks, strict=True) if count)
     words, scales = STAGE_BLOCKS * widest * 4 * TILE, STAGE_BLOCKS * TILE * 2 * (2 if has_zeros else 1)
     handed = 128 * rows * 4 if warpgroups_n == 1 else 0
-    return rows * _STAGE_COLUMNS * 2 + tiles * (words + scales), 1024 + matrices * stages * 16 + handed + _STATIC_BYTES
+    return rows * STAGE_COLUMNS * 2 + tiles * (words + scales), 1024 + matrices * stages * 16 + handed + _STATIC_BYTES
 
 
 # What the model of `pick_wgmma_config` believes, fitted to times on an H100: microseconds, or cycles of a multiprocessor.
@@ -186,24 +185,25 @@ def wgmma_config(q, m):
 
 def wgmma_workspace_parts(m, blocks, config):
     """(partial sums, images of x) behind the counters of a workspace, in 4-byte values."""
-    return config.partial_values, image_count(m, blocks, config.rows) * config.rows * _STAGE_COLUMNS // 2
+    return config.partial_values, image_count(m, blocks, config.rows) * config.rows * STAGE_COLUMNS // 2
 
 
-def image_count(m, blocks, rows):
-    return -(-m // rows) * -(-blocks // STAGE_BLOCKS)
+# --- the kernel -------------------------------------------------------------------------------------------------------
 
 
-# --- the kernels ------------------------------------------------------------------------------------------------------
-
-
-def launch_wgmma(x, q, out, m, workspace=None, *, residual=None, config=None, is_ordered=False, y_stride=None, first_column=0):
+def launch_wgmma(
+    x, q, out, m, workspace=None, *, residual=None, config=None, is_ordered=False, y_stride=None, first_column=0, arrange=None,
+    dtype=None,
+):  # fmt: skip
     """out = x W (+ bias + residual) for the QMatrix or JoinedQMatrix `q`; nothing is checked.
 
     x [m, k] (is_ordered: [m, 32 * blocks], in stored row order) and out [m, y_stride], contiguous; out and residual begin at a
     multiple of 16 bytes, and their rows are multiples of 4 values (`suits_wgmma`). y_stride and first_column place the result
     of one matrix in wider rows. workspace: float32, COUNTERS counters first, then `wgmma_workspace_parts`.
+    arrange(order, images, rows) launches what writes the images of x, of `dtype`, as those of ops/arrange.py do; x may then be
+    None. None: x itself, as it is.
     """
-    dtype = x.dtype
+    dtype = np.dtype(x.dtype if dtype is None else dtype)
     config = wgmma_config(q, m) if config is None else config
     partials, image_values = wgmma_workspace_parts(m, q.blocks, config)
     if workspace is None:
@@ -211,7 +211,11 @@ def launch_wgmma(x, q, out, m, workspace=None, *, residual=None, config=None, is
         workspace[:COUNTERS] = 0
     counters, partial = workspace[:COUNTERS], workspace[COUNTERS : COUNTERS + partials]
     images = workspace[COUNTERS + partials : COUNTERS + partials + image_values]
-    launch_arrange_rows(x, None if is_ordered else q.order, images, m, q.blocks, config.rows)
+    order = None if is_ordered else q.order
+    if arrange is None:
+        launch_arrange_rows(x, order, images, m, q.blocks, config.rows)
+    else:
+        arrange(order, images, config.rows)
     matrices = moved(q.rows, first_column) if first_column else q.rows
     y_stride = q.n if y_stride is None else y_stride
     row_blocks = -(-m // config.rows)
@@ -240,57 +244,12 @@ def suits_wgmma(out, residual=None, y_stride=None):
     return stride % 4 == 0 and all(a is None or byte_bounds(a)[0] % 16 == 0 for a in (out, residual))
 
 
-def launch_arrange_rows(x, order, images, m, blocks, rows):
-    """Write x [m, k], its columns in the `order` of stored rows (None: as they are), as images of `rows` x 64 values."""
-    k, count = x.size // m, blocks * TILE
-    row_groups, splits = -(-m // rows) * rows, -(-count // (8 * 256))
-    together = 0 if order is None else _rows_together(row_groups, k)
-    if together:
-        row_groups //= together
-        splits = max(1, min(splits, 264 // row_groups))  # each stages all of its rows
-    sizes = map(np.int32, (m, k, count, rows))
-    launch(
-        arrange_instance(together),
-        (row_groups, splits),
-        (256,),
-        (x, order, images, *sizes, np.bool_(byte_bounds(x)[0] % (4 if together else 16) == 0)),
-        2 * together * (k + 1),
-    )
-
-
-def _rows_together(rows, k):
-    """Rows that a thread block gathers from: four of long ones, where two thread blocks fit a multiprocessor; 0: too long."""
-    if k >= 6144 and 16 * k < SHARED_BYTES - 1024 and rows >= 4 * 132:
-        return 4
-    return 2 if 4 * (k + 1) <= SHARED_BYTES else 0
-
-
-def arrange_instance(together):
-    return instance("arrange_rows", together)
-
-
-def arrange_rows_reference(x, order, blocks, rows):
-    """The images of x [m, k] as an array of its dtype [ceil(m / rows), stages, rows, 64], swizzled as in shared memory."""
-    m, stages = x.shape[0], -(-blocks // STAGE_BLOCKS)
-    padded = np.zeros((-(-m // rows) * rows, stages * _STAGE_COLUMNS), x.dtype)
-    if order is None:
-        padded[:m, : x.shape[1]] = x
-    else:
-        padded[:m, : order.size] = np.where(order < 0, np.zeros((), x.dtype), x[:, np.maximum(order, 0)])
-    chunks = padded.reshape(-1, rows, stages, 8, 8).transpose(0, 2, 1, 3, 4)  # [row block, stage, row, chunk, value]
-    images = np.empty_like(chunks)
-    for r in range(rows):
-        images[:, :, r, np.arange(8) ^ r % 8] = chunks[:, :, r]
-    return images.reshape(*images.shape[:3], _STAGE_COLUMNS)
-
-
 def wgmma_instance(dtype, has_zeros, width_blocks, rows, warpgroups_n):
     widths = sum(1 << bits for bits, count in zip(WIDTHS_IN_ORDER, width_blocks, strict=True) if count)
     return instance("qmatmul_wgmma", dtype, has_zeros, widths, rows, warpgroups_n)
 
 
 def _instances():
-    yield from map(arrange_instance, (0, 2, 4))
     only_4, every = (0, 0, 0, 1, 0, 0), (1,) * 6
     for dtype in (float16, bfloat16):
         yield wgmma_instance(dtype, False, only_4, 128, 2)
