@@ -71,6 +71,17 @@ def _return_gpu_memory():
 _COLLECTED = pytest.StashKey[int]()  # gpu tests found, before any selection
 
 
+def pytest_sessionfinish(session):
+    """With -n the processes that find tests tell the one that counts what became of them."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["gpu tests"] = session.config.stash.get(_COLLECTED, 0)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    node.config.stash[_COLLECTED] = getattr(node, "workeroutput", {}).get("gpu tests", 0)
+
+
 def source_digests(root=ROOT):
     """{path: SHA-256} of every .py, .cu and .cuh file of cupyq/ and tests/, in the order of their paths."""
     paths = (path for folder in ("cupyq", "tests") for path in (root / folder).rglob("*"))
@@ -101,8 +112,6 @@ def receipt_state(receipt=RECEIPT, root=ROOT):
 
 def _why_no_receipt(config, exitstatus, collected, counts):
     """The reason this run proves too little for a receipt, or None."""
-    if hasattr(config, "workerinput") or config.getoption("numprocesses", None):
-        return "run without -n"
     if gpu_count() == 0:
         return "there is no GPU"
     if exitstatus != 0 or counts["failed"]:

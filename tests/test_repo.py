@@ -545,8 +545,9 @@ def test_a_gpu_test_fails_where_a_gpu_is_required_and_missing(run_pytest, tmp_pa
     assert not (tmp_path / "tests/gpu_receipt.json").exists()
 
 
-def test_a_run_on_a_gpu_leaves_a_receipt(run_pytest, tmp_path):
-    options = ("-m", "gpu", "--require-gpu", "--gpu-receipt", "tests/gpu_receipt.json")
+@pytest.mark.parametrize("processes", [(), ("-n", "2")])
+def test_a_run_on_a_gpu_leaves_a_receipt(run_pytest, tmp_path, processes):
+    options = ("-m", "gpu", "--require-gpu", "--gpu-receipt", "tests/gpu_receipt.json", *processes)
     result = run_pytest(*options, cupy=FAKE_CUPY)
     assert result.returncode == 0 and "receipt written" in result.stdout, result.stdout
     assert "gpu_receipt.json: matches the sources (Fake GPU" in result.stdout
@@ -564,7 +565,7 @@ def test_a_run_on_a_gpu_leaves_a_receipt(run_pytest, tmp_path):
         (("-k", "one"), "1 of 2 gpu tests ran"),
         (("-m", "not gpu"), "0 of 2 gpu tests ran"),
         (("tests/test_two.py",), "only a part of tests/ was run"),
-        (("-n", "1"), "run without -n"),
+        (("-k", "one", "-n", "2"), "1 of 2 gpu tests ran"),
         (("-m", "nothing"), "not everything passed"),
     ],
 )
