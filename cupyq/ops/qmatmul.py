@@ -120,7 +120,7 @@ def _check_product(x, q, before, is_ordered, dtype, out, n, residual=None):
     check(x, "x", dtype=x_types, last=k)
     out = output(xp, out, (*x.shape[:-1], n), x_dtype if dtype is None else dtype)
     check(out, "out", dtype=(x_dtype, float32))
-    refuse_overlap(out, "out", x=x)
+    refuse_overlap(out, "out", x=x, weight=getattr(before, "weight", None))
     if residual is not None:
         check(residual, "residual", dtype=out.dtype, shape=out.shape)
         refuse_partial_overlap(out, residual=residual)
