@@ -299,6 +299,10 @@ __global__ void __launch_bounds__(THREADS, 1) qmatmul_wgmma(
 
         uint32 unfinished = 0;  // barrier of the slot whose products may still run
         int s = segment.begin + behind;
+        auto give_back = [&] {  // the slot of `unfinished`, for whose lanes lane 0 speaks
+            __syncwarp();
+            if (unfinished && lane == 0) barrier_arrive(unfinished);
+        };
         uint32 of_blocks;
         // Wait for the stage at the cursor, and fetch what its first block needs.
         auto begin_stage = [&](int s) {
@@ -352,13 +356,13 @@ __global__ void __launch_bounds__(THREADS, 1) qmatmul_wgmma(
                 }
                 // The products of the block before are done: its registers may be written, its slot given back.
                 wgmma_wait<1>();
-                if (block == 0 && unfinished && lane == 0) barrier_arrive(unfinished);
+                if (block == 0) give_back();
             }
             unfinished = slot_empty;
         }
         behind = s - segment.end;
         wgmma_wait<0>();
-        if (unfinished && lane == 0) barrier_arrive(unfinished);
+        give_back();
 
         // Sums as vectors of four columns, 4g .. 4g+3, of row 8i + 2t + e; q = 2i + e.
         float4 sum[vectors];
