@@ -168,16 +168,18 @@ def pick_config(problem):
         # than it works.
         is_sliced = groups * 5 < problem.sm_count * 2 or problem.steps > 96 and groups * 3 < problem.sm_count * 2
         slices = max(1, min(problem.sm_count // groups, problem.steps // warps_k)) if is_sliced else 1
-        for slots in (3, 2):
-            choice = (tiles_for(problem.m), warps_n, warps_k, slots, slices)
-            # Half of the shared memory, where that holds all of x, leaves the other half to a second thread block or to the
-            # kernel that comes next.
+        choices = [(tiles_for(problem.m), warps_n, warps_k, slots, slices) for slots in (3, 2)]
+        # All of x at once, if need be beside fewer slots. Half of the shared memory, where that holds it, leaves the other half
+        # to a second thread block or to the kernel that comes next.
+        for choice in choices:
             half = make_config(problem, *choice, shared_limit=problem.shared_limit // 2, per_sm=2 if warps <= 8 else 1)
-            if half is not None and half.chunk_steps == half.slice_steps:
-                return half
-            whole = make_config(problem, *choice)
-            if whole is not None and (whole.chunk_steps >= min(whole.slice_steps, max(8, 2 * warps_k)) or slots == 2):
-                return whole
+            for config in (half, make_config(problem, *choice)):
+                if config is not None and config.chunk_steps == config.slice_steps:
+                    return config
+        for choice in choices:
+            config = make_config(problem, *choice)
+            if config is not None and (config.chunk_steps >= max(8, 2 * warps_k) or config.slots == 2):
+                return config
     for tiles in (8, 4, 2, 1):  # little shared memory: fewer rows at a time
         if tiles <= tiles_for(problem.m) and (config := make_config(problem, tiles, 2, 1, 2, 1)) is not None:
             return config
