@@ -62,6 +62,7 @@ sanitize:
 
 bench:
 	PYTHONPATH=. $(GPU_PYTHON) -m cupyq bench qmatmul --quick
+	PYTHONPATH=. $(GPU_PYTHON) -m cupyq bench attention --quick
 	set -e; for file in benchmarks/bench_*.py; do PYTHONPATH=. $(GPU_PYTHON) $$file; done
 
 wheel: $(TEST_STAMP)

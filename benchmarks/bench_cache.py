@@ -41,7 +41,7 @@ def make(shape, kind, copies):
 
 def value_bytes(kind):
     """Bytes that are moved for one value: float16, its code, its share of a scale."""
-    return 2 + {"fp8": 1, "q4": 0.5 + 2 / 32, "q8": 1 + 2 / 32}[kind]
+    return 2 + {"fp8": 1, "q4": 0.5 + 2 / 32, "q8": 1 + 2 / 32, "e4m3": 1 + 2 / 128}[kind]
 
 
 def copies_for(values, kind):

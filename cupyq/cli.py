@@ -21,11 +21,16 @@ examples:
   cupyq generate MODEL --tokens 1,15043 --greedy --json   token ids in and out, for scripts
   cupyq generate MODEL --prompt "Dear" --lora STYLE=0.8   with a LoRA adapter, a PEFT folder
   cupyq perplexity MODEL --text val.txt --reference FP16  what quantizing cost
+  cupyq perplexity MODEL --text val.txt --cache q4        what a cache of 4 bits costs
   cupyq compile --arch sm_80 sm_90a                       fill the kernel cache, also without a GPU
   cupyq bench qmatmul --bits 4 --rows 1,16                products with quantized weights, against the limit
+  cupyq bench attention --quick                           decoding and prompts over plain and quantized caches
 
 MODEL is a folder with config.json and *.safetensors: EXL2, GPTQ or float16.
 """
+
+
+CACHES = ("fp16", "fp8", "e4m3", "q4", "q6", "q8")  # cupyq.layers.CACHE_KINDS, which is not loaded for --help
 
 
 class _Parser(argparse.ArgumentParser):
@@ -60,6 +65,10 @@ def build_parser():
         sub.add_argument(
             "--backend", choices=("auto", "numpy", "cupy"), default="auto", help="default: cupy where a GPU is usable"
         )
+
+    def cache_argument(sub, help, **options):
+        kinds = " ".join(CACHES)
+        sub.add_argument("--cache", choices=CACHES, metavar="KIND", help=f"{help}; one of {kinds}", **options)
 
     command("doctor", _doctor, "show GPU, driver, CuPy, compiler and cache, and what mends the missing ones")
 
@@ -109,6 +118,7 @@ def build_parser():
         metavar="FOLDER[=W]",
         help="a LoRA adapter, a PEFT folder, its delta multiplied by W; may be given again",
     )
+    cache_argument(sub, "what keys and values are kept in; default: fp16, the model's own dtype", default="fp16")
     sub.add_argument(
         "--seed", type=_whole(0), metavar="S", help="the same seed gives the same text; default: a new one each time"
     )
@@ -121,11 +131,12 @@ def build_parser():
     sub.add_argument("--window", type=_whole(2), default=256, metavar="N", help="tokens per window; default 256")
     sub.add_argument("--max-windows", type=_whole(1), metavar="N", help="stop after N windows; default: the whole text")
     sub.add_argument("--reference", metavar="MODEL2", help="model to compare with, for KL divergence and top-1 agreement")
+    cache_argument(sub, "go token by token through a cache of this kind; default: whole windows, without one")
 
     sub = command("compile", _compile, "compile the kernels ahead of their first use")
     sub.add_argument("--arch", nargs="+", metavar="ARCH", help="such as sm_80 sm_90a; default: this machine's GPU")
 
-    sub = command("bench", _bench, "measure products or a whole model, against what this machine can do at most")
+    sub = command("bench", _bench, "measure products, attention or a model, against what this machine can do at most")
     bench_arguments.add_arguments(sub, _whole)
     return parser
 
@@ -287,6 +298,7 @@ def _generate(arguments):
         settings=settings,
         stop_ids=model.config.eos_token_ids,
         adapters=adapters or None,
+        cache=arguments.cache,
         on_token=on_token,
     )
     if decoder is not None:
@@ -364,6 +376,7 @@ def _perplexity(arguments):
             window=arguments.window,
             reference=reference,
             max_windows=arguments.max_windows,
+            cache=arguments.cache,
             on_windows=bar.update,
         )
     lines = [f"perplexity  {measured.perplexity:.4f}   ({measured.windows} windows, {measured.tokens} predicted tokens)"]

@@ -35,6 +35,13 @@ def random(seed, shape, dtype, scale=1.0):
     return (np.random.default_rng(seed).standard_normal(shape) * scale).astype(np.float32).astype(dtype)
 
 
+def sylvester(x):
+    """The 32-point transforms of the even and of the odd values of each 64, in float64: what q4 and q8 caches hold times 32."""
+    matrix = np.array([[(-1.0) ** (r & c).bit_count() for c in range(32)] for r in range(32)])
+    pairs = x.astype(np.float64).reshape(*x.shape[:-1], -1, 32, 2)
+    return np.einsum("rc,...cp->...rp", matrix, pairs).reshape(x.shape)
+
+
 def on_gpu(cupy, array, shift=0):
     """The array on the GPU, its first element `shift` elements beyond an aligned address."""
     padded = np.concatenate([np.zeros(shift, array.dtype), array.ravel()])

@@ -126,7 +126,8 @@ def plain_attention(layer, x, tables=(SIN, COS)):
             if layer.softcap is not None:
                 scores = layer.softcap * np.tanh(scores / layer.softcap)
             weights = np.exp(scores - scores.max())
-            mixed[i, head] = weights / weights.sum() @ v[first : i + 1, head // group]
+            sink = 0 if layer.sinks is None else np.exp(layer.sinks[head] - scores.max())
+            mixed[i, head] = weights / (weights.sum() + sink) @ v[first : i + 1, head // group]
     return plain_linear(layer.o, mixed.reshape(seq, -1))
 
 

@@ -1,6 +1,7 @@
 """Benchmarks without a GPU: options, formulas against hand arithmetic, matrices and models of random weights, the figure."""
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import re
@@ -16,7 +17,7 @@ from conftest import ROOT
 import cupyq.ext
 from cupyq import QMatrix, _device, _kernels, load_model
 from cupyq._arrays import bfloat16, float16
-from cupyq.bench import arguments, first_token, limits, model, peers, qmatmul, random_model, sweep, timing
+from cupyq.bench import arguments, attention, first_token, limits, model, peers, qmatmul, random_model, sweep, timing
 from cupyq.bench.limits import Limits
 from cupyq.bench.random_matrices import (
     HEADS,
@@ -34,6 +35,7 @@ from cupyq.formats.exl2 import exl2_layout
 from cupyq.formats.safetensors import Checkpoint, SafetensorsFile
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import plot_attention  # noqa: E402
 import plot_qmatmul  # noqa: E402
 
 LIMITS = Limits("Fake GPU", gigabytes_per_s=3000, teraflops=800)
@@ -311,11 +313,12 @@ def numpy_for_cupy(monkeypatch):
     monkeypatch.setattr(_device, "current", lambda: device)
     monkeypatch.setattr(_kernels, "compile_all", lambda *args: 0)
     monkeypatch.setattr(qmatmul, "measure_limits", lambda: LIMITS)
+    monkeypatch.setattr(attention, "measure_limits", lambda: LIMITS)
     monkeypatch.setattr(timing, "MAX_COPIES", 2)
     monkeypatch.setattr(timing, "MAX_LAUNCHES", 4)
     monkeypatch.setattr(qmatmul, "matmul", on_host(qmatmul.matmul))
     calls = []
-    for place in (qmatmul, peers):
+    for place in (attention, qmatmul, peers):
         monkeypatch.setattr(place, "require_cupy", lambda: module)
         monkeypatch.setattr(place, "graph_microseconds", lambda run, repeats: calls.append(repeats) or run() or 100.0)
     return calls
@@ -462,6 +465,359 @@ def test_exllamav2_is_called_as_its_functions_take_it(numpy_for_cupy, monkeypatc
     assert peer.tuned == (set() if kind.is_gptq else {(3, k, n)})
     peer.close()
     assert peer.handles == []
+
+
+# --- attention --------------------------------------------------------------------------------------------------------
+
+
+def problem(lengths=(96, 32, 1), queries=1, window=None, heads=4, kv_heads=2, head_dim=64):
+    return attention.Problem(tuple(lengths), queries, heads, kv_heads, head_dim, window)
+
+
+@pytest.mark.parametrize("window", [None, 1, 7, 40])
+@pytest.mark.parametrize(("lengths", "queries"), [((96, 32, 1), 1), ((33, 40), 5), ((24,), 24)])
+def test_pairs_and_bytes_are_those_that_are_counted(lengths, queries, window):
+    counted, seen = 0, [set() for _ in lengths]
+    for row, length in enumerate(lengths):
+        for position in range(length - queries, length):
+            keys = [j for j in range(length) if j <= position and (window is None or j > position - window)]
+            counted += len(keys)
+            seen[row].update(keys)
+    case = problem(lengths, queries, window)
+    assert case.pairs() == counted and case.flops() == 4 * counted * 4 * 64
+    tokens, result = sum(map(len, seen)), 2 * 2 * len(lengths) * queries * 4 * 64
+    assert case.moved_bytes() == tokens * 2 * 2 * 64 * 2 + result
+
+
+@pytest.mark.parametrize("kind", attention.KINDS)
+def test_bytes_of_a_value_are_those_of_the_arrays(numpy_for_cupy, kind):
+    case = problem([64], head_dim=128)
+    ((k, v),) = attention.Caches(case, float16, kind, copies=1).pairs
+    assert case.moved_bytes(kind) == k.nbytes + v.nbytes + 2 * 2 * 4 * 128
+
+
+def test_decoding_a_batch_is_bound_by_bytes_and_a_prompt_by_flops():
+    # 16 x 4096 keys and values of 8 heads of 128 in two bytes: 268,435,456 bytes, and 16 x 2 x 32 x 128 x 2 of queries.
+    case = problem([4096] * 16, heads=32, kv_heads=8, head_dim=128)
+    assert case.moved_bytes() == 268_435_456 + 262_144 and case.name == "decode 16 x 4096, d 128".removesuffix(", d 128")
+    assert LIMITS.microseconds(case.moved_bytes(), case.flops()) == pytest.approx(268_697_600 / 3e6)
+    case = problem([4096], 4096, heads=32, kv_heads=8, head_dim=128)
+    assert case.flops() == 4 * (4096 * 4097 // 2) * 32 * 128 and case.name == "prompt 4096"
+    assert LIMITS.microseconds(case.moved_bytes(), case.flops()) == pytest.approx(case.flops() / 8e8)
+    # Of 4.5 bits a value instead of 16.
+    assert (problem([1 << 20]).moved_bytes("q4") - 1024) / (problem([1 << 20]).moved_bytes() - 1024) == 4.5 / 16
+
+
+def test_names_tell_problems_apart():
+    table = attention.Options.parse().table()
+    names = [case.name for case, _ in table]
+    assert len(set(names)) == len(names) and max(map(len, names)) <= 24
+    assert problem((5, 9), window=3).name == "decode 2 x 5..9, d 64, w 3" and problem([9], 4).name == "4 new 1 x 9, d 64"
+
+
+def test_the_default_table_of_attention():
+    table = {case.name: (case, variants) for case, variants in attention.Options.parse().table()}
+    goals = ["decode 1 x 4096", "decode 16 x 4096", "decode 1 x 32768", "prompt 2048", "prompt 4096", "prompt 16384"]
+    assert list(table)[:6] == goals and all(
+        (c.heads, c.kv_heads, c.head_dim) == (32, 8, 128) for c, _ in list(table.values())[:6]
+    )
+    assert {case.head_dim for case, _ in table.values()} == {64, 128, 256}
+    assert {case.window for case, _ in table.values()} == {None, 4096} and {1, 4, 16} < {
+        case.queries for case, _ in table.values()
+    }
+    assert [kind for kind, is_paged in table["decode 1 x 32768"][1] if not is_paged] == "fp16 fp8 e4m3 q4 q6 q8".split()
+    case, variants = table["decode 64 x 1..16384"]
+    assert case.batch == 64 and sorted(case.lengths) != list(case.lengths) and ("fp16", True) in variants
+    assert all(
+        case.capacity % attention.PAGE_SIZE == 0 for case, variants in table.values() if any(paged for _, paged in variants)
+    )
+    quick = attention.Options.parse(is_quick=True).table()
+    assert [case.name for case, _ in quick] == goals and {kind for _, variants in quick for kind, _ in variants} == {
+        "fp16",
+        "q4",
+    }
+
+
+def test_options_of_attention_that_are_given():
+    options = attention.Options.parse(8, 2, 64, "bfloat16", "q4,e4m3", "cudnn")
+    assert options == attention.Options(8, 2, 64, bfloat16, ("q4", "e4m3"), ("cudnn",), False)
+    table = options.table()
+    assert {kind for _, variants in table for kind, _ in variants} == {"q4", "e4m3"} and all(variants for _, variants in table)
+    assert table[0][0] == attention.Problem((4096,), 1, 8, 2, 64)
+    assert attention.Options.parse(peers="none").peers == ()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"heads": 6, "kv_heads": 4}, "--heads: 6, expected a multiple of --kv-heads 4"),
+        ({"head_dim": 100}, "--head-dim: 100, expected a multiple of 8"),
+        ({"head_dim": 264}, "--head-dim: 264"),
+        ({"head_dim": 96}, "--cache: q4 needs a head size that is a multiple of 64"),
+        ({"caches": "fp16,q5"}, "--cache: 'q5' is not one of fp16, fp8"),
+        ({"peers": "flash,triton"}, "--peers: 'triton' is not one of flash, cudnn, none"),
+    ],
+)
+def test_options_of_attention_that_cannot_be_read(given, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        attention.Options.parse(**given)
+
+
+@pytest.mark.parametrize("window", [None, 9])
+def test_what_is_expected_of_attention_is_its_definition(window):
+    rng = np.random.default_rng(3)
+    q, k, v = (rng.standard_normal(shape).astype(np.float32) for shape in ((4, 16), (33, 2, 16), (33, 2, 16)))
+    found = attention.expected(q, k, v, window)
+    for head in range(4):
+        first = 0 if window is None else 33 - window
+        scores = [sum(float(a) * float(b) for a, b in zip(q[head], k[j, head // 2], strict=True)) / 4 for j in range(first, 33)]
+        weights = np.exp(scores) / np.exp(scores).sum()
+        exact = sum(weight * v[j, head // 2].astype(float) for weight, j in zip(weights, range(first, 33), strict=True))
+        assert found[head] == pytest.approx(exact, rel=1e-4, abs=1e-5)
+    assert np.abs(attention.expected(q, k[1:], v[1:]) - attention.expected(q, k, v)).max() > 1e-3
+
+
+def test_sampled_queries_hold_the_first_and_the_last():
+    assert attention.sampled_queries(problem([5])) == {0: [0]}
+    assert attention.sampled_queries(problem([5] * 3)) == {0: [0], 1: [0], 2: [0]}
+    for case in (problem([4096], 4096), problem([16] * 64), problem([99] * 16, 4)):
+        rows = attention.sampled_queries(case)
+        assert rows[0][0] == 0 and rows[case.batch - 1][-1] == case.queries - 1
+        assert sum(map(len, rows.values())) == attention.SAMPLES
+
+
+def test_random_values_of_other_places_differ(numpy_for_cupy, monkeypatch):
+    monkeypatch.setattr(attention, "_pattern", lambda dtype: np.arange(1, 8).astype(dtype).view(np.uint16))
+    assert attention.random_values((2, 5), float16, 0).ravel().tolist() == [1, 2, 3, 4, 5, 6, 7, 1, 2, 3]
+    assert attention.random_values((5,), bfloat16, 3).tolist() == [4, 5, 6, 7, 1]
+
+
+SMALL = [
+    (problem([256]), [(kind, False) for kind in attention.KINDS] + [("fp16", True)]),
+    (problem([256, 1, 77]), [("fp16", False), ("fp16", True), ("q4", True), ("q6", True)]),
+    (problem([64], 64), [("fp16", False), ("e4m3", True)]),
+    (problem([128], 128, window=50), [("fp16", True)]),
+    (problem([128, 64], 5, window=9), [("fp16", False), ("fp8", True)]),
+]
+
+
+@pytest.fixture
+def small_table(monkeypatch):
+    monkeypatch.setattr(attention, "PAGE_SIZE", 16)
+    monkeypatch.setattr(attention.Options, "table", lambda self: SMALL)
+    return sum(len(variants) for _, variants in SMALL)
+
+
+def test_the_whole_table_of_attention_with_numpy_in_cupys_place(numpy_for_cupy, small_table, tmp_path, capsys):
+    with open(tmp_path / "rows", "w") as lines:
+        rows, is_right = attention.run(attention.Options(peers=()), sys.stdout, lines)
+    captured = capsys.readouterr()
+    assert captured.err == "" and is_right and len(rows) == small_table
+    assert [json.loads(line) for line in (tmp_path / "rows").read_text().splitlines()] == rows
+    head, columns, *text = captured.out.splitlines()
+    assert head.startswith("Fake GPU") and len(text) == len(rows)
+    assert {len(line) for line, row in zip(text, rows, strict=True) if len(row["problem"]) <= 24} == {len(columns)}
+    assert all(0 < row["error"] < 1e-3 and row["of_fp16"] == 1 for row in rows)
+    assert all(row["flash_us"] is None and row["cudnn_error"] is None for row in rows)
+    # A graph for each row, and one more for the problem without a row of its own for arrays that lie in a row.
+    assert len(numpy_for_cupy) == len(rows) + 1
+    row = rows[7]
+    expected = {
+        "family": "attention", "device": "Fake GPU", "problem": "decode 3 x 1..256, d 64", "batch": 3, "queries": 1,
+        "keys": 256, "mean_keys": (256 + 1 + 77) / 3, "heads": 4, "kv_heads": 2, "head_dim": 64, "window": None,
+        "cache": "fp16", "page_size": None, "dtype": "float16", "us": 25.0, "of_fp16": 1.0, "flash_us": None,
+        "flash_error": None, "cudnn_us": None, "cudnn_error": None,
+    }  # fmt: skip
+    moved = (256 + 1 + 77) * 2 * 2 * 64 * 2 + 2 * 2 * 3 * 4 * 64
+    numbers = {
+        "gigabytes_per_s": moved / 25 / 1e3,
+        "teraflops": 4 * (256 + 1 + 77) * 4 * 64 / 25 / 1e6,
+        "limit_us": moved / 3e6,
+        "share": moved / 3e6 / 25,
+    }
+    assert {key: row[key] for key in expected} == expected and row.keys() == expected.keys() | numbers.keys() | {"error"}
+    assert {key: row[key] for key in numbers} == pytest.approx(numbers)
+    assert rows[8]["page_size"] == 16 and rows[9]["cache"] == "q4"
+
+
+def test_attention_that_is_wrong_is_seen_and_told(numpy_for_cupy, small_table, monkeypatch, capsys):
+    right = attention.attention
+
+    def short(q, k, v, *, kv_lengths, **options):
+        if kv_lengths is not None and options["block_table"] is not None:
+            kv_lengths = np.maximum(kv_lengths - 1, 0)  # the newest key is left out
+        return right(q, k, v, kv_lengths=kv_lengths, **options)
+
+    monkeypatch.setattr(attention, "attention", short)
+    rows, is_right = attention.run(attention.Options(peers=()), sys.stdout)
+    assert not is_right and all((row["page_size"] is not None) == (row["error"] > 1e-2) for row in rows)
+    assert capsys.readouterr().out.count("WRONG") == sum(row["page_size"] is not None for row in rows)
+
+
+def test_attention_that_is_not_written_is_wrong(numpy_for_cupy, small_table, monkeypatch):
+    def lazy(q, k, v, *, out, **options):
+        return out
+
+    monkeypatch.setattr(attention, "attention", lazy)
+    rows, is_right = attention.run(attention.Options(peers=()), open("/dev/null", "w"))
+    assert not is_right and all(row["error"] is None for row in rows)
+    # One row of many that no sample meets.
+    case = problem([512], 512)
+    exact = object.__new__(attention.Exact)
+    exact.rows = {(0, 0): np.ones((4, 64), np.float32)}
+    out = np.ones((1, 512, 4, 64), np.float16)
+    assert exact.error(out) == 0
+    out[0, 3, 2, 1] = np.nan
+    assert exact.error(out) == float("inf") and 3 not in attention.sampled_queries(case)[0]
+
+
+def test_a_cache_that_fails_leaves_the_others(numpy_for_cupy, small_table, monkeypatch, capsys):
+    right = attention.attention
+
+    def failing(q, k, v, **options):
+        if isinstance(k, attention.CacheCodes) and k.kind == "q4":
+            raise RuntimeError("launch failed")
+        return right(q, k, v, **options)
+
+    monkeypatch.setattr(attention, "attention", failing)
+    rows, is_right = attention.run(attention.Options(peers=()), open("/dev/null", "w"))
+    assert not is_right and len(rows) == small_table - 2 and "q4" not in {row["cache"] for row in rows}
+    assert "decode 1 x 256, d 64, q4: RuntimeError: launch failed" in capsys.readouterr().err
+
+
+class AttentionTensor(OnHost):
+    """A NumPy array with the methods of PyTorch's tensors that its attention is called with."""
+
+    def transpose(self, first, second):
+        return self.swapaxes(first, second)
+
+    def flatten(self, first, last):
+        return self.reshape(-1, *self.shape[2:])
+
+    def contiguous(self):
+        return np.ascontiguousarray(self).view(AttentionTensor)
+
+    def cpu(self):
+        return self
+
+    def numpy(self):
+        return self.view(np.ndarray)
+
+
+def fake_torch(calls):
+    """PyTorch's attention: which mask is aligned where, and in which order the private function takes its arguments."""
+
+    def attend(q, k, v, first_key, window):
+        out = np.empty(q.shape, q.dtype)
+        for i in range(q.shape[0]):
+            seen = slice(0, first_key + i + 1)
+            out[i] = attention.expected(*(np.asarray(a) for a in (q[i], k[seen], v[seen])), window)
+        return out.view(AttentionTensor)
+
+    def sdpa(q, k, v, is_causal, enable_gqa):
+        calls.append("sdpa")
+        rows = zip(*(np.asarray(a).swapaxes(1, 2) for a in (q, k, v)), strict=True)
+        first = 0 if is_causal else k.shape[2] - 1
+        return np.stack([attend(*row, first, None) for row in rows]).swapaxes(1, 2).view(AttentionTensor)
+
+    def flash(q, k, v, starts_q, starts_k, most_q, most_k, dropout, is_causal, is_debug, **options):
+        calls.append("flash")
+        left, right, used = (options.pop(name, None) for name in ("window_size_left", "window_size_right", "seqused_k"))
+        if options or dropout or not is_causal or is_debug or (left is not None and right != 0):
+            raise TypeError("not what was meant")
+        window = None if left is None else left + 1
+        if starts_q is None:
+            if used is not None or (most_q, most_k) != (q.shape[1], k.shape[1]):
+                raise TypeError("lengths without starts")
+            return np.stack([attend(*row, most_k - most_q, window) for row in zip(q, k, v, strict=True)]).view(
+                AttentionTensor
+            ), None
+        parts = []
+        for row, length in enumerate(used.tolist()):
+            queries = q[starts_q[row] : starts_q[row + 1]]
+            keys = slice(starts_k[row], starts_k[row] + length)
+            parts.append(attend(queries, k[keys], v[keys], length - len(queries), window))
+        return np.concatenate(parts).view(AttentionTensor), None
+
+    return SimpleNamespace(
+        float16=np.float16, bfloat16=bfloat16, int16=np.int16, int32=np.int32,
+        arange=lambda count, dtype, device: np.arange(count, dtype=dtype),
+        tensor=lambda values, dtype, device: np.array(values, dtype),
+        from_dlpack=lambda array: array.view(AttentionTensor),
+        nn=SimpleNamespace(functional=SimpleNamespace(scaled_dot_product_attention=sdpa)),
+        ops=SimpleNamespace(aten=SimpleNamespace(_flash_attention_forward=flash)),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def torch_backends(monkeypatch):
+    """Which backends have been asked for."""
+    asked = []
+
+    @contextlib.contextmanager
+    def sdpa_kernel(backend):
+        asked.append(backend)
+        yield
+
+    names = SimpleNamespace(FLASH_ATTENTION="flash", CUDNN_ATTENTION="cudnn")
+    monkeypatch.setitem(sys.modules, "torch.nn.attention", SimpleNamespace(sdpa_kernel=sdpa_kernel, SDPBackend=names))
+    return asked
+
+
+@pytest.mark.parametrize("dtype", [float16, bfloat16])
+@pytest.mark.parametrize(
+    ("case", "called"),
+    [
+        (problem([48, 48]), "sdpa"),
+        (problem([24], 24), "sdpa"),
+        (problem([40], 24), "flash"),
+        (problem([48, 48], window=7), "flash"),
+        (problem([24], 24, window=7), "flash"),
+        (problem([48, 5, 31]), "flash"),
+        (problem([48, 15, 31], 4), "flash"),
+    ],
+)
+def test_pytorch_attends_to_the_same(numpy_for_cupy, torch_backends, monkeypatch, case, called, dtype):
+    calls = []
+    q, caches = attention.random_queries(case, dtype), attention.Caches(case, dtype)
+    peer = peers.TorchAttention(fake_torch(calls), "flash", q, caches.pairs, case.lengths, case.window)
+    output = peer.output()
+    assert output.shape == q.shape and output.dtype == dtype
+    assert attention.Exact(case, q, caches).error(output) < (1e-3 if dtype == float16 else 6e-3)
+    assert calls == [called] and torch_backends == ["flash"]
+    monkeypatch.setattr(peers, "torch_graph_microseconds", lambda torch, run, repeats: run() or 64.0)
+    assert peer.microseconds(1.0) == 64.0 / (len(calls) - 1) and len(calls) - 1 == timing.loops_for(1, 2) * 2
+
+
+def test_cudnn_is_asked_for_what_it_has(numpy_for_cupy, torch_backends, small_table, monkeypatch, capsys):
+    calls = []
+    monkeypatch.setattr(peers, "torch_or_none", lambda: fake_torch(calls))
+    monkeypatch.setattr(peers, "torch_graph_microseconds", lambda torch, run, repeats: run() or 25.0)
+    monkeypatch.setattr(peers, "empty_torch_cache", lambda: None)
+    rows, is_right = attention.run(attention.Options(), sys.stdout)
+    assert is_right and set(torch_backends) == {"flash", "cudnn"} and set(calls) == {"sdpa", "flash"}
+    assert all(row["flash_us"] > 0 and row["flash_error"] < 1e-3 for row in rows)
+    assert [row["cudnn_us"] is not None for row in rows] == [True] * 7 + [False] * 4 + [True] * 2 + [False] * 3
+    captured = capsys.readouterr()
+    assert captured.err == "" and " 0.25x      - " in captured.out and " 0.25x  0.25x " in captured.out
+
+
+def test_peers_that_refuse_are_told(numpy_for_cupy, torch_backends, small_table, monkeypatch, capsys):
+    torch = fake_torch([])
+
+    def refusing(*arguments, **options):
+        raise RuntimeError("No available kernel. Aborting execution.")
+
+    torch.nn.functional.scaled_dot_product_attention = refusing
+    monkeypatch.setattr(peers, "torch_or_none", lambda: torch)
+    monkeypatch.setattr(peers, "torch_graph_microseconds", lambda torch, run, repeats: run() or 25.0)
+    monkeypatch.setattr(peers, "empty_torch_cache", lambda: None)
+    rows, is_right = attention.run(attention.Options(peers=("flash",)), open("/dev/null", "w"))
+    assert is_right and {row["problem"] for row in rows if row["flash_us"] is None} == {
+        "decode 1 x 256, d 64",
+        "prompt 64, d 64",
+    }
+    assert "torch flash, prompt 64, d 64: No available kernel" in capsys.readouterr().err
 
 
 # --- models -----------------------------------------------------------------------------------------------------------
@@ -656,6 +1012,66 @@ def test_figures_of_nothing_are_refused(lines, tmp_path):
         plot_qmatmul.read_rows([empty])
 
 
+def attended(name, us, cache="fp16", page_size=None, queries=1, limit=10.0, plain=20.0):
+    return {
+        "family": "attention", "device": "Fake & GPU", "problem": name, "queries": queries, "heads": 32, "kv_heads": 8,
+        "dtype": "float16", "cache": cache, "page_size": page_size, "limit_us": limit, "us": us, "of_fp16": us / plain,
+        "flash_us": 40.0, "cudnn_us": None if queries == 1 else 25.0,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def attention_lines(tmp_path):
+    rows = [attended("decode 1 x 4096", 30.0), attended("prompt 4096", 12.5, queries=4096)]
+    rows += [attended("decode 1 x 4096", 20.0), attended("decode 1 x 4096", 20.4, page_size=256)]  # measured again; in pages
+    rows += [attended("decode 1 x 4096", 8.0, "q4", limit=2.8), attended("decode 1 x 4096", 8.1, "q4", 256, limit=2.8)]
+    rows += [attended("prompt 4096", 13.0, "q4", queries=4096), {"family": "model", "what": "decode"}]
+    path = tmp_path / "attention.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_bars_hold_shares_and_times(attention_lines):
+    found = plot_attention.read_rows([attention_lines])
+    colors = [color for _, color in plot_attention.PEERS.values()]
+    assert plot_attention.shares(found) == [
+        ("decode 1 x 4096", [(0.5, colors[0], None), (0.25, colors[1], None)]),
+        ("prompt 4096", [(0.8, colors[0], None), (0.25, colors[1], None), (0.4, colors[2], None)]),
+    ]
+    ((name, bars),) = plot_attention.times_of_codes(found)
+    assert name == "decode 1 x 4096" and [bar[0] for bar in bars] == pytest.approx([1.02, 0.4])
+    assert [bar[2] for bar in bars] == pytest.approx([1.0, 0.28])
+
+
+def test_the_figure_of_attention_is_well_formed(attention_lines, tmp_path, capsys):
+    target = tmp_path / "new/figure.svg"
+    plot_attention.main([str(attention_lines), "--out", str(target)])
+    root = ElementTree.parse(target).getroot()
+    bars = [element for element in root.iter() if element.get("class") == "bar"]
+    assert len(bars) == 5 + 2 and capsys.readouterr().out.strip() == str(target)
+    texts = [element.text for element in root.iter() if element.tag.endswith("text")]
+    assert {"cupyq", "PyTorch, cuDNN", "decode 1 x 4096", "prompt 4096", "100 %", "q4", "fp16 in pages"} <= set(texts)
+    assert any("Fake & GPU: 32 query heads" in text for text in texts)
+    width, height = float(root.get("width")), float(root.get("height"))
+    for element in root.iter():
+        if element.get("x") is not None:
+            assert 0 <= float(element.get("x")) < width and 0 <= float(element.get("y")) < height
+    only = tmp_path / "plain.jsonl"
+    only.write_text(attention_lines.read_text().splitlines()[0] + "\n")
+    plot_attention.main([str(only), "--out", str(target)])
+    assert len([e for e in ElementTree.parse(target).getroot().iter() if e.get("class") == "bar"]) == 2
+
+
+def test_figures_of_no_attention_are_refused(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"family": "qmatmul"}\n')
+    with pytest.raises(SystemExit, match="no rows of `cupyq bench attention`"):
+        plot_attention.read_rows([path])
+    path.write_text("us 12\n")
+    with pytest.raises(SystemExit, match="rows.jsonl:1: not a JSON object"):
+        plot_attention.read_rows([path])
+
+
 @pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "benchmarks").glob("bench_*.py")))
 def test_scripts_import_what_there_is(script):
     """Their imports alone: running one needs a GPU."""
@@ -708,6 +1124,39 @@ def test_a_product_that_is_wrong_is_found_on_a_gpu(cupy, monkeypatch, capsys):
     rows, is_right = qmatmul.run(qmatmul.Options.parse("256x96", "4", "1,17", peers="none"))
     assert not is_right and [row["error"] > 6e-4 for row in rows] == [True, True]
     assert capsys.readouterr().out.count("WRONG") == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [float16, bfloat16])
+def test_the_table_of_attention_on_a_gpu(cupy, monkeypatch, small_table, dtype, tmp_path):
+    monkeypatch.setattr(attention, "measure_limits", lambda: LIMITS)
+    monkeypatch.setattr(timing, "MAX_COPIES", 3)
+    with open(tmp_path / "rows", "w") as lines:
+        rows, is_right = attention.run(attention.Options(dtype=dtype), open("/dev/null", "w"), lines)
+    assert is_right and len(rows) == small_table
+    assert [json.loads(line) for line in (tmp_path / "rows").read_text().splitlines()] == rows
+    for row in rows:
+        assert row["us"] > 0 and 0 < row["error"] < attention.ALLOWED_ERROR[dtype] and row["dtype"] == str(dtype)
+        if peers.torch_or_none() is not None and row["flash_us"] is not None:
+            assert row["flash_us"] > 0 and row["flash_error"] < attention.ALLOWED_ERROR[dtype], row["problem"]
+
+
+@pytest.mark.gpu
+def test_attention_that_is_wrong_is_found_on_a_gpu(cupy, monkeypatch, small_table, capsys):
+    monkeypatch.setattr(attention, "measure_limits", lambda: LIMITS)
+    monkeypatch.setattr(timing, "MAX_COPIES", 2)
+    right = attention.attention
+
+    def wrong(q, k, v, *, out, **options):
+        out = right(q, k, v, out=out, **options)
+        out[-1, -1] *= np.float16(1.05)
+        return out
+
+    monkeypatch.setattr(attention, "attention", wrong)
+    monkeypatch.setattr(attention.Options, "table", lambda self: SMALL[1:3])
+    rows, is_right = attention.run(attention.Options(peers=()))
+    assert not is_right and all(row["error"] > attention.ALLOWED_ERROR[float16] for row in rows)
+    assert capsys.readouterr().out.count("WRONG") == len(rows) == 6
 
 
 @pytest.mark.gpu

@@ -13,6 +13,8 @@ from cupyq import _device, _kernels, cli, doctor
 from cupyq.cli import main
 from cupyq.errors import BackendError
 from cupyq.generate import SamplerSettings
+from cupyq.layers import CACHE_KINDS
+from cupyq.models.model import Model
 from cupyq.ops import norm
 
 MODELS = ROOT / "examples/models"
@@ -272,6 +274,31 @@ def test_the_sampler_s_options_reach_the_settings():
     )
 
 
+def test_every_kind_of_cache_can_be_asked_for(run_json):
+    assert cli.CACHES == tuple(CACHE_KINDS)
+    arguments = ["generate", EXL2, "--prompt", "ROMEO:", "--greedy", "--max-new-tokens", "4", "--backend", "numpy"]
+    plain = run_json(*arguments)[0]["tokens"]
+    assert run_json(*arguments, "--cache", "fp16")[0]["tokens"] == plain
+    assert run_json(*arguments, "--cache", "q8")[0]["tokens"] == plain
+
+
+def test_the_cache_reaches_the_generation(run_json, monkeypatch):
+    asked = []
+
+    def new_cache(model, batch=1, capacity=None, kind="fp16", make=Model.new_cache):
+        asked.append(kind)
+        return make(model, batch, capacity, kind)
+
+    monkeypatch.setattr(Model, "new_cache", new_cache)
+    text = ("--text", f"{PLAIN}/val.txt", "--window", "2", "--max-windows", "1", "--backend", "numpy")
+    for kind in cli.CACHES:
+        run_json("generate", EXL2, "--tokens", "5", "--max-new-tokens", "1", "--backend", "numpy", "--cache", kind)
+        run_json("perplexity", EXL2, *text, "--cache", kind)
+    assert asked == [kind for kind in cli.CACHES for _ in range(2)]
+    run_json("perplexity", EXL2, *text)
+    assert len(asked) == 12  # whole windows need none
+
+
 # --- perplexity -------------------------------------------------------------------------------------------------------
 
 
@@ -284,6 +311,15 @@ def test_perplexity(run_json):
     assert both["perplexity"] == alone["perplexity"] and 5 < both["perplexity"] < 100
     assert 0 < both["kl"] < 0.2 and 0.5 < both["top1"] < 1
     assert f"{both['perplexity']:.4f}" in shown and "top-1" in shown
+
+
+def test_perplexity_of_a_cache(run_json):
+    """Against the same model without one: what the cache alone costs."""
+    arguments = ["perplexity", PLAIN, "--text", f"{PLAIN}/val.txt", "--window", "6", "--max-windows", "4"]
+    arguments += ["--backend", "numpy", "--reference", PLAIN]
+    found = {kind: run_json(*arguments, "--cache", kind)[0] for kind in ("q8", "q4")}
+    assert 1e-7 < found["q8"]["kl"] < 2e-4 < found["q4"]["kl"] < 3e-2
+    assert all(result["tokens"] == 4 * 5 for result in found.values())
 
 
 # --- compile ----------------------------------------------------------------------------------------------------------
@@ -371,6 +407,8 @@ def test_compile_into_an_unwritable_folder(two_kernels, refused, monkeypatch, tm
         (["generate", EXL2, "--tokens", "5", "--dynamic-temperature", "2", "1"], "MIN 2 must be below MAX 1"),
         (["generate", EXL2, "--tokens", "5", "--dynamic-temperature", "2"], "expected 2 arguments"),
         (["generate", EXL2, "--tokens", "5", "--backend", "torch"], "invalid choice: 'torch'"),
+        (["generate", EXL2, "--tokens", "5", "--cache", "q5"], "invalid choice: 'q5'"),
+        (["perplexity", EXL2, "--text", f"{PLAIN}/val.txt", "--cache", "8"], "invalid choice: '8'"),
         (["perplexity", EXL2], "required: --text"),
         (["perplexity", EXL2, "--text", "/nowhere/val.txt"], "/nowhere/val.txt: No such file or directory"),
         (["perplexity", EXL2, "--text", str(ROOT)], f"{ROOT}: Is a directory"),
@@ -625,6 +663,7 @@ def test_bench_shows_its_families_and_their_options(capsys):
     assert "qmatmul" in text and "model" in text
     for family, options in {
         "qmatmul": ("--shapes", "--bits", "--rows", "--dtype", "--peers", "--exllamav2", "--quick", "--sweep", "--out"),
+        "attention": ("--heads", "--kv-heads", "--head-dim", "--dtype", "--cache", "--peers", "--quick", "--out"),
         "model": ("--shape", "--bits", "--head-bits", "--context", "--prefill", "--layers", "--load", "--kernels", "--out"),
     }.items():
         assert main(["bench", family, "--help"]) == 0
@@ -668,7 +707,9 @@ def test_a_wrong_result_ends_the_bench_with_1(run_json, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("attention",), "argument FAMILY: invalid choice: 'attention'"),
+        (("attentions",), "argument FAMILY: invalid choice: 'attentions'"),
+        (("attention", "--cache", "q5"), "--cache: 'q5' is not one of fp16, fp8"),
+        (("attention", "--head-dim", "4"), "--head-dim: expected 8 or more"),
         (("qmatmul", "--bits", "9"), "--bits: '9' is no kind of matrix"),
         (("qmatmul", "--shapes", "4096"), "--shapes: '4096', expected K x N"),
         (("qmatmul", "--rows", "x"), "--rows: 'x'"),

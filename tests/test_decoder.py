@@ -1,7 +1,10 @@
 """models/decoder.py: decoding on the device, against token by token; on a GPU as graphs, against launch by launch."""
 
+import copy
+import dataclasses
 import gc
 import itertools
+import random
 
 import numpy as np
 import pytest
@@ -9,7 +12,9 @@ from kernel_checks import host
 from test_adapters import sizes_of, tensors_of, write
 from test_models import folder_of, loaded, on_gpu, variant
 
+from cupyq.errors import UnsupportedError
 from cupyq.generate import SamplerSettings, generate
+from cupyq.layers import CACHE_KINDS
 from cupyq.models import load_model
 from cupyq.models import model as model_module
 
@@ -215,13 +220,83 @@ def test_prompts_longer_than_a_chunk(monkeypatch):
     assert rows_of(model.decoder(max_len=60, settings=GREEDY), prompt, 5) == expected
 
 
+CODES = [kind for kind in CACHE_KINDS if kind != "fp16"]
+
+
+@pytest.mark.parametrize("kind", CODES)
+def test_the_tokens_are_those_of_generate_for_every_cache(kind):
+    model = loaded("qwen3")
+    expected = generate(model, PROMPT, max_new_tokens=12, settings=SAMPLED, cache=kind).tokens
+    decoder = model.decoder(max_len=len(PROMPT) + 11, settings=SAMPLED, cache=kind)
+    assert rows_of(decoder, [PROMPT], 11) == [expected] and decoder._cache.kind == kind
+    found = rows_of(model.decoder(3, 40, settings=SAMPLED, cache=kind), PROMPTS, 8)
+    for row, prompt in enumerate(PROMPTS):
+        assert rows_of(model.decoder(max_len=20, settings=SAMPLED, seed=SAMPLED.seed + row, cache=kind), prompt, 8) == [
+            found[row]
+        ]
+
+
+def paged(model, batch, kind="fp16", pages=40, page_size=4, seed=3):
+    """A paged cache whose pages are given out in no order."""
+    cache = model.new_paged_cache(pages, batch, page_size=page_size, kind=kind)
+    random.Random(seed).shuffle(cache._books.free)
+    return cache
+
+
+@pytest.mark.parametrize("kind", ["fp16", "q6"])
+def test_pages_give_the_same_tokens(kind):
+    model = loaded("qwen2")
+    expected = rows_of(model.decoder(3, 40, settings=PENALISED, cache=kind), PROMPTS, 20)
+    cache = paged(model, 3, kind)
+    decoder = model.decoder(3, 40, settings=PENALISED, cache=cache)
+    assert decoder.capacity == 40 and cache.free_pages == 10
+    table = cache.block_table.copy()
+    for _ in range(2):
+        assert rows_of(decoder, PROMPTS, 20) == expected
+    assert np.array_equal(cache.block_table, table) and decoder._cache is cache
+    same = rows_of(decoder, [PROMPT] * 3, 8)
+    assert same == rows_of(model.decoder(3, 40, settings=PENALISED, cache=kind), [PROMPT] * 3, 8)
+
+
+def test_pages_that_texts_shared_become_their_own():
+    model = loaded("qwen2")
+    cache = paged(model, 2)
+    model.forward(PROMPT, cache.row(0))
+    cache.share(0, 1, 5)
+    decoder = model.decoder(2, 20, settings=GREEDY, cache=cache)
+    assert not set(cache.pages_of(0)) & set(cache.pages_of(1)) and cache.free_pages == 40 - 10
+    assert rows_of(decoder, PROMPTS[:2], 10) == rows_of(model.decoder(2, 20, settings=GREEDY), PROMPTS[:2], 10)
+
+
+def test_caches_a_decoder_cannot_take():
+    model = loaded("qwen2")
+    for cache in ("q5", None, model.new_cache(capacity=8)):
+        with pytest.raises(ValueError, match="kind must be one of fp16, fp8, e4m3, q4, q6, q8, got"):
+            model.decoder(max_len=8, cache=cache)
+    with pytest.raises(ValueError, match="cache has 2 rows and ids 1"):
+        model.decoder(cache=paged(model, 2))
+    with pytest.raises(ValueError, match="cache is another model's"):
+        model.decoder(cache=paged(loaded("qwen3"), 1))
+    with pytest.raises(ValueError, match="out of pages: row 1 needs 10 more for 40 tokens, 2 of 12 are free"):
+        model.decoder(2, 40, cache=paged(model, 2, pages=12))
+    with pytest.raises(ValueError, match="tokens must be from 0 to 256, the cache's capacity, got 257"):
+        model.decoder(max_len=257, cache=paged(model, 1, pages=100))
+    with pytest.raises(UnsupportedError, match="multiple of 64, got 96"):
+        narrow = copy.copy(model)
+        narrow.config = dataclasses.replace(model.config, head_dim=96)
+        narrow.decoder(cache="q8")
+
+
 # --- on a GPU ---------------------------------------------------------------------------------------------------------
 
 
 def state_of(decoder):
     """Everything a decoder has written: tokens, and the bits of its cache."""
     cache = decoder._cache
-    return [host(decoder._sampler.tokens), *(host(array).view(np.uint8) for array in (*cache.k, *cache.v))]
+    parts = [*cache.k, *cache.v]
+    if cache.holds_codes:
+        parts = [array for part in parts for array in (part.codes, part.scales) if array is not None]
+    return [host(decoder._sampler.tokens), *(host(array).view(np.uint8) for array in parts)]
 
 
 def same_state(one, other):
@@ -242,6 +317,42 @@ def test_a_graph_gives_the_bits_of_its_launches(cupy, name, batch):
         assert same_state(graph, eager)
         assert rows_of(graph, prompts, steps) == rows_of(eager, prompts, steps)  # without a capture
         assert same_state(graph, eager)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", CODES)
+@pytest.mark.parametrize("name", ["shakespeare-exl2-4.0", "gemma2"])
+def test_a_graph_gives_the_bits_of_its_launches_for_every_cache(cupy, name, kind):
+    model, steps = on_gpu(name), 24
+    for batch in (1, 3):
+        eager = model.decoder(batch, 40, settings=SAMPLED, graph=False, cache=kind)
+        graph = model.decoder(batch, 40, settings=SAMPLED, cache=kind)
+        for _ in range(2):
+            assert rows_of(graph, PROMPTS[:batch], steps) == rows_of(eager, PROMPTS[:batch], steps)
+            assert same_state(graph, eager)
+        assert len(graph._graphs) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["fp16", "e4m3", "q4"])
+def test_one_graph_serves_every_page(cupy, kind):
+    """Pages in no order, from one bucket into the next; then moved, under the graphs that are there."""
+    model, prompt = on_gpu("shakespeare-exl2-4.0"), np.random.default_rng(0).integers(0, 1000, 250)
+    prompts = [prompt, prompt[:100], prompt[50:]]
+    caches = [paged(model, 3, kind, pages=90, page_size=16, seed=seed) for seed in (1, 1, 2)]
+    decoders = [
+        model.decoder(3, 380, settings=SAMPLED, graph=graph, cache=cache)
+        for graph, cache in zip((False, True, True), caches, strict=True)
+    ]
+    eager, graph, elsewhere = decoders
+    expected = rows_of(eager, prompts, 130)
+    assert rows_of(graph, prompts, 130) == expected and same_state(graph, eager)
+    assert sorted(graph._graphs) == [256, 380]
+    assert rows_of(elsewhere, prompts, 130) == expected
+    graphs, table = dict(elsewhere._graphs), host(caches[2].block_table)
+    caches[2].defragment()
+    assert not np.array_equal(host(caches[2].block_table), table)
+    assert rows_of(elsewhere, prompts, 130) == expected and elsewhere._graphs == graphs
 
 
 @pytest.mark.gpu
@@ -388,3 +499,10 @@ def test_decoding_compiles_nothing_more(cupy, monkeypatch, tmp_path):
     generate(model, PROMPT, max_new_tokens=600, settings=SAMPLED)
     rows_of(model.decoder(3, 300, settings=GREEDY), PROMPTS, 280)
     assert {path.name for path in tmp_path.iterdir()} == compiled
+    # The kernels of other caches are compiled with the first of each kind.
+    model.new_cache(capacity=8, kind="q6")
+    with_codes = {path.name for path in tmp_path.iterdir()}
+    assert with_codes > compiled
+    generate(model, PROMPT, max_new_tokens=600, settings=SAMPLED, cache="q6")
+    rows_of(model.decoder(3, 300, settings=GREEDY, cache="q6"), PROMPTS, 280)
+    assert {path.name for path in tmp_path.iterdir()} == with_codes

@@ -30,7 +30,7 @@ def largest_error(text):
 def test_every_example_is_run_here():
     names = {path.stem for path in EXAMPLES.glob("*.py")}
     ops = {"ops_numpy", "ops_torch", "ops_jax"}
-    assert names == ops | {"torch_quant_linear", "inspect_checkpoint", "lora", "graph_decoder", "demo"}
+    assert names == ops | {"torch_quant_linear", "inspect_checkpoint", "lora", "graph_decoder", "cache_kinds", "demo"}
 
 
 def test_ops_numpy(tmp_path):
@@ -74,6 +74,17 @@ def test_graph_decoder(tmp_path):
     assert "tokens per second, streamed and at once the same" in text
 
 
+def check_cache_kinds(text, bytes_of_fp16):
+    rows = dict(re.findall(r"^(fp16|fp8|e4m3|q4|q6|q8) +(\d+) {3}(?=\S)", text, re.MULTILINE))
+    # 4 layers of 2 heads of 64 keys and 64 values
+    sizes = {"fp16": bytes_of_fp16, "fp8": 1024, "e4m3": 1056, "q4": 576, "q6": 832, "q8": 1088}
+    assert {kind: int(size) for kind, size in rows.items()} == sizes
+
+
+def test_cache_kinds(tmp_path):
+    check_cache_kinds(run("cache_kinds", tmp_path, "--backend", "numpy"), 4096)  # NumPy's models are float32
+
+
 def perplexities(text):
     """{row name: perplexity} of the demo's table."""
     return {name: float(value) for name, value in re.findall(r"^(float16|EXL2) +[\d.]+ +([\d.]+)$", text, re.MULTILINE)}
@@ -102,6 +113,11 @@ def test_ops_jax_on_the_gpu(tmp_path):
 @pytest.mark.gpu
 def test_graph_decoder_on_the_gpu(tmp_path):
     assert "cupy: " in run("graph_decoder", tmp_path)
+
+
+@pytest.mark.gpu
+def test_cache_kinds_on_the_gpu(tmp_path):
+    check_cache_kinds(run("cache_kinds", tmp_path), 2048)
 
 
 @pytest.mark.gpu

@@ -147,6 +147,18 @@ def test_logits_without_a_number_are_an_error_not_a_token():
     assert len(seen) == 2
 
 
+def test_the_kind_of_the_cache_reaches_the_model():
+    class Keeper(FakeModel):
+        def new_cache(self, batch=1, capacity=None, kind="fp16"):
+            kinds.append(kind)
+            return super().new_cache(batch, capacity)
+
+    kinds = []
+    for kind in ("fp16", "q4"):
+        generate(Keeper(), [1], max_new_tokens=2, settings=SamplerSettings.greedy(), cache=kind)
+    assert kinds == ["fp16", "q4"]
+
+
 # --- settings ---------------------------------------------------------------------------------------------------------
 
 

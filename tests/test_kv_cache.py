@@ -1,7 +1,11 @@
 """The bytes of quantized caches: the golden vector, recorded outputs of exllamav2, and loops over single values."""
 
+import bisect
+import math
 import zlib
+from fractions import Fraction
 
+import ml_dtypes
 import numpy as np
 import pytest
 from conftest import golden
@@ -215,18 +219,144 @@ def test_values_that_are_no_numbers(kind):
     assert np.isfinite(decoded[6]).all()
 
 
-@pytest.mark.parametrize(("kind", "bound"), [("q4", 0.11), ("q8", 0.008)])
+# --- e4m3 -------------------------------------------------------------------------------------------------------------
+
+
+def e4m3_of(code):
+    """The value of a code, from its definition: sign, 4 bits of exponent (bias 7), 3 of mantissa."""
+    sign, exponent, mantissa = -1 if code & 0x80 else 1, code >> 3 & 15, code & 7
+    if exponent == 0:
+        return sign * math.ldexp(mantissa, -9)
+    return math.nan if code & 0x7F == 0x7F else sign * math.ldexp(8 + mantissa, exponent - 10)
+
+
+POSITIVE = [e4m3_of(code) for code in range(0x7F)]  # in rising order
+
+
+def nearest_code(value, *, ties_to_even=True):
+    """The code of the nearest float8 to a float, saturating; exact, as differences of these numbers are."""
+    magnitude = Fraction(min(abs(value), 448.0))
+    above = min(bisect.bisect_left(POSITIVE, magnitude), len(POSITIVE) - 1)
+    below = max(above - 1, 0)
+    up, down = POSITIVE[above] - magnitude, magnitude - Fraction(POSITIVE[below])
+    even = above if above % 2 == 0 else below
+    code = above if up < down else below if down < up else even if ties_to_even else above
+    return code | (0x80 if math.copysign(1, value) < 0 else 0)
+
+
+def nearest_float16(value):
+    """A Fraction >= 0 rounded once to float16, by whole numbers."""
+    exponent = max(math.frexp(float(value))[1] - 11, -24)
+    return np.float16(math.ldexp(round(value / Fraction(2) ** exponent), exponent))
+
+
+def loop_e4m3(head, *, largest=448, least=2.0**-14, most=146.125, **options):
+    """Codes and scale of one head, value by value. The options are mistakes one could make."""
+    a = max(abs(float(v)) for v in head)
+    if a == 0:
+        return [0] * len(head), np.float16(0)
+    scale = min(max(nearest_float16(Fraction(a) / largest), np.float16(least)), np.float16(most))
+    return [nearest_code(float(np.float32(v) / np.float32(scale)), **options) for v in head], scale
+
+
+def test_codes_of_e4m3_are_those_of_ml_dtypes():
+    values = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float64)
+    np.testing.assert_array_equal(values, [e4m3_of(code) for code in range(256)])
+    decoded = decode(np.arange(256, dtype=np.uint8), np.ones(1, np.float16), "e4m3")
+    np.testing.assert_array_equal(decoded, values.astype(np.float16))
+    assert bits_of(decoded[[0x7F, 0xFF]]).tolist() == [0x7FFF, 0x7FFF] and np.signbit(decoded[0x80])
+
+
+def test_e4m3_of_every_float16():
+    """Under the scale 1 every value up to 448 becomes its nearest float8."""
+    every = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    every = every[np.abs(every) <= 448]
+    x = np.full((-(-every.size // 63), 64), 448, np.float16)
+    x[:, 1:] = np.resize(every, (len(x), 63))
+    codes, scales = encode(x, "e4m3")
+    assert np.all(scales == 1) and np.all(codes[::64] == 0x7E)
+    found = codes.reshape(-1, 64)[:, 1:].ravel()[: every.size]
+    expected = np.array([nearest_code(v) for v in every.tolist()], np.uint8)
+    np.testing.assert_array_equal(found, expected)
+    assert (found != [nearest_code(v, ties_to_even=False) for v in every.tolist()]).any()
+
+
+def test_e4m3_scales_of_every_float16():
+    every = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    codes, scales = encode(every.reshape(-1, 1), "e4m3")
+    finite = np.isfinite(every)
+    expected = [loop_e4m3([v]) for v in every[finite].tolist()]
+    np.testing.assert_array_equal(bits_of(scales[finite]), bits_of(np.array([s for _, s in expected], np.float16)))
+    np.testing.assert_array_equal(codes[finite], [c[0] for c, _ in expected])
+    assert np.all(bits_of(scales[~finite]) == 0x7FFF) and np.all(codes[~finite] == 0x7F)
+    decoded = decode(codes, scales, "e4m3")
+    assert np.all(bits_of(decoded[~finite]) == 0x7FFF) and np.isfinite(decoded[finite]).all()
+    # Half a step of a float8 between 256 and 448 and the scale's own rounding; below the least scale, half of its least code.
+    error = np.abs(decoded[finite].astype(np.float64) - every[finite])
+    assert np.all(error <= np.maximum(np.abs(every[finite].astype(np.float64)) * (16 / 256), 2.0**-14 * 2.0**-10))
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-6, 2e-4, 20000.0], ids=str)
+def test_e4m3_against_loops(scale):
+    with np.errstate(over="ignore"):
+        x = (np.random.default_rng(7).standard_normal((40, 24)) * scale).astype(np.float16).clip(-65504, 65504)
+    x[3], x[4, 1:], x[5, 0] = 0, 0, 65504
+    codes, scales = encode(x, "e4m3")
+    expected = [loop_e4m3(head) for head in x]
+    np.testing.assert_array_equal(codes.reshape(x.shape), [c for c, _ in expected])
+    np.testing.assert_array_equal(bits_of(scales), bits_of(np.array([s for _, s in expected], np.float16)))
+    values = [
+        [np.float16(e4m3_of(int(c)) * float(s)) for c in head] for head, s in zip(codes.reshape(x.shape), scales, strict=True)
+    ]
+    np.testing.assert_array_equal(bits_of(decode(codes, scales, "e4m3")), bits_of(np.array(values, np.float16).ravel()))
+    assert np.isfinite(np.array(values)).all()
+
+
+def test_the_loops_of_e4m3_reject_other_codecs():
+    x = np.random.default_rng(7).standard_normal((400, 24)).astype(np.float16)
+    x[0], x[1] = 65504, x[1] * np.float16(2.0**-14)
+    codes, scales = encode(x, "e4m3")
+
+    def is_same(**mistake):
+        found = [loop_e4m3(head, **mistake) for head in x]
+        return np.array_equal(codes.reshape(x.shape), [c for c, _ in found]) and np.array_equal(scales, [s for _, s in found])
+
+    assert is_same()
+    for mistake in ({"largest": 240}, {"largest": 447}, {"least": 0}, {"most": 147}, {"ties_to_even": False}):
+        assert not is_same(**mistake), mistake
+
+
+def test_e4m3_of_values_that_are_no_numbers():
+    x = np.ones((5, 64), np.float16)
+    x[0], x[1, 7], x[2, 9], x[3, 1] = -0.0, np.nan, -np.inf, np.array(0xFE01, np.uint16).view(np.float16)
+    codes, scales = encode(x, "e4m3")
+    codes = codes.reshape(x.shape)
+    assert not codes[0].any() and np.all(codes[1:4] == 0x7F) and np.all(codes[4] == 0x7E)
+    assert bits_of(scales)[:4].tolist() == [0, 0x7FFF, 0x7FFF, 0x7FFF]
+    decoded = decode(codes, scales, "e4m3").reshape(x.shape)
+    assert not bits_of(decoded[0]).any() and np.all(bits_of(decoded[1:4]) == 0x7FFF)
+    assert np.allclose(decoded[4].astype(np.float64), 1, rtol=2.0**-11)
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (3, 0, 64), (3, 2, 0)])
+def test_e4m3_of_nothing(shape):
+    codes, scales = encode(np.zeros(shape, np.float16), "e4m3")
+    assert codes.size == np.prod(shape) and scales.size == np.prod(kv_cache.scale_shape(shape or (1,), "e4m3"))
+    assert decode(codes, scales, "e4m3").size == codes.size
+
+
+@pytest.mark.parametrize(("kind", "bound"), [("q4", 0.11), ("q8", 0.008), ("e4m3", 0.03)])
 def test_what_is_lost(kind, bound):
     """Root mean square error of normal values, relative to theirs."""
-    x = np.random.default_rng(4).standard_normal(1 << 14).astype(np.float16)
-    error = decode(*encode(x, kind), kind).astype(np.float64) - x
+    x = np.random.default_rng(4).standard_normal((1 << 7, 1 << 7)).astype(np.float16)
+    error = decode(*encode(x, kind), kind).reshape(x.shape).astype(np.float64) - x
     relative = np.sqrt(np.mean(error**2) / np.mean(x.astype(np.float64) ** 2))
     assert bound / 2 < relative < bound
 
 
 @pytest.mark.parametrize("kind", kv_cache.KINDS)
 def test_passes_leave_no_seams(kind, monkeypatch):
-    x = np.random.default_rng(5).standard_normal(64 * 9).astype(np.float16)
+    x = np.random.default_rng(5).standard_normal((9, 64)).astype(np.float16)
     whole = encode(x, kind)
     values = decode(*whole, kind)
     monkeypatch.setattr(kv_cache, "_PASS_VALUES", 128)
@@ -257,7 +387,7 @@ def test_shapes_strides_and_nothing(kind):
 
 
 ERRORS = [
-    (lambda: encode(np.zeros(64, np.float16), "q6"), ValueError, "kind: 'q6', expected one of fp8, q4, q8"),
+    (lambda: encode(np.zeros(64, np.float16), "q6"), ValueError, "kind: 'q6', expected one of fp8, q4, q8, e4m3"),
     (lambda: kv_cache.code_shape((1, 64), "q2"), ValueError, "kind: 'q2'"),
     (lambda: encode(np.zeros(64, np.float32), "q4"), TypeError, "x: dtype float32, expected float16"),
     (lambda: encode(np.zeros(96, np.float16), "q4"), ValueError, "x: 96 values, expected a multiple of 64"),
@@ -280,6 +410,14 @@ ERRORS = [
         ValueError,
         'scales: given, but kind "fp8" has none',
     ),
+    (lambda: encode(np.zeros(64, np.float32), "e4m3"), TypeError, "x: dtype float32, expected float16"),
+    (lambda: decode(np.zeros(64, np.uint8), None, "e4m3"), ValueError, "scales: None, expected one for each head of float16"),
+    (
+        lambda: decode(np.zeros(64, np.uint8), np.zeros(3, np.float16), "e4m3"),
+        ValueError,
+        "scales: 3 values, expected one for each head of 64 codes",
+    ),
+    (lambda: decode(np.zeros(64, np.uint8), np.zeros(0, np.float16), "e4m3"), ValueError, "scales: 0 values, expected one"),
 ]
 
 

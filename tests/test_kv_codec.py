@@ -10,10 +10,20 @@ import pytest
 from conftest import golden
 from kernel_checks import banded, host, move, on_both, on_gpu, same_bits
 
+from cupyq.errors import UnsupportedError
 from cupyq.formats import kv_cache
 from cupyq.formats.kv_cache import KINDS, code_shape, scale_shape
 from cupyq.ops import kv_codec
-from cupyq.ops.kv_codec import decode_blocks, encode_blocks, kv_decode, kv_decode_paged, kv_encode, kv_encode_paged
+from cupyq.ops.kv_codec import (
+    CacheCodes,
+    cache_arrays,
+    decode_blocks,
+    encode_blocks,
+    kv_decode,
+    kv_decode_paged,
+    kv_encode,
+    kv_encode_paged,
+)
 
 on_every_kind = pytest.mark.parametrize("kind", KINDS)
 
@@ -61,31 +71,37 @@ def all_same(there, expected):
 # --- an oracle that goes chunk by chunk -------------------------------------------------------------------------------
 
 
+def unit_of(shape, kind):
+    """Values that are encoded together."""
+    return {"fp8": 1, "e4m3": shape[3]}.get(kind, 64)
+
+
 def touched_units(shape, kind, tokens):
-    """Numbers of the flat chunks of 64 values (fp8: of single values) that hold a value of one of the flat tokens."""
-    values, unit = shape[2] * shape[3], 1 if kind == "fp8" else 64
+    """Numbers of the flat units (chunks of 64 values, for fp8 single values) that hold a value of one of the flat tokens."""
+    values, unit = shape[2] * shape[3], unit_of(shape, kind)
     return sorted({e // unit for token in tokens for e in range(token * values, (token + 1) * values)})
 
 
 def encoded(x, codes, scales, kind, tokens):
     """Copies of the cache with the units of those tokens encoded from x, each apart."""
     codes, scales = copy_of(codes, scales)
-    unit = 1 if kind == "fp8" else 64
+    unit = unit_of(x.shape, kind)
     flat = x.reshape(-1)
     for number in touched_units(x.shape, kind, tokens):
         new_codes, new_scales = kv_cache.encode(flat[number * unit : (number + 1) * unit], kind)
         codes.reshape(-1)[number * new_codes.size :][: new_codes.size] = new_codes
         if scales is not None:
-            scales.reshape(-1)[2 * number : 2 * number + 2] = new_scales
+            scales.reshape(-1)[number * new_scales.size :][: new_scales.size] = new_scales
     return codes, scales
 
 
 def decoded(codes, scales, x, kind, tokens):
     x = x.copy()
-    unit = 1 if kind == "fp8" else 64
+    unit = unit_of(x.shape, kind)
     size = codes.size * unit // x.size  # bytes of a unit
     for number in touched_units(x.shape, kind, tokens):
-        part = None if scales is None else scales.reshape(-1)[2 * number : 2 * number + 2]
+        count = 0 if scales is None else scales.size * unit // x.size
+        part = None if scales is None else scales.reshape(-1)[number * count : (number + 1) * count]
         codes_part = codes.reshape(-1)[number * size : (number + 1) * size]
         x.reshape(-1)[number * unit : (number + 1) * unit] = kv_cache.decode(codes_part, part, kind)
     return x
@@ -107,7 +123,7 @@ def page_tokens(shape, ranges, table):
 
 # --- both paths -------------------------------------------------------------------------------------------------------
 
-# (shape, start, width, rows). Of the last ones chunks straddle tokens (for fp8: a lane's 8 values do).
+# (shape, start, width, rows). Of the last ones chunks straddle tokens (without chunks: a lane's values do).
 CONTIGUOUS = [
     ((1, 1, 1, 64), 0, 1, None),
     ((2, 5, 2, 64), 1, 3, None),
@@ -118,11 +134,11 @@ CONTIGUOUS = [
     ((4, 3, 1, 96), 1, 1, 3),
     ((2, 3, 5, 96), 0, 3, 1),
 ]
-FP8_ONLY = [((2, 5, 1, 3), 1, 3, None), ((3, 7, 1, 1), 2, 5, None), ((2, 3, 3, 5), 1, 1, None), ((1, 40, 1, 9), 3, 30, None)]
+NO_CHUNKS = [((2, 5, 1, 3), 1, 3, None), ((3, 7, 1, 1), 2, 5, None), ((2, 3, 3, 5), 1, 1, None), ((1, 40, 1, 9), 3, 30, None)]
 
 
 def contiguous_cases(kind):
-    return CONTIGUOUS + (FP8_ONLY if kind == "fp8" else [])
+    return CONTIGUOUS + (NO_CHUNKS if kind in ("fp8", "e4m3") else [])
 
 
 @on_both
@@ -304,6 +320,56 @@ def test_small_quotients_place_at_the_middle():
         assert np.float16(np.float64(u[0]) * levels + levels) == levels
 
 
+# --- caches as codes --------------------------------------------------------------------------------------------------
+
+
+@on_both
+@on_every_kind
+def test_cache_codes(library, kind):
+    shape = (3, 4, 2, 64)
+    codes, scales = legal_cache(1, shape, kind)
+    there = CacheCodes(kind, *moved(library, codes, scales))
+    assert there.shape == shape and there.head_dim == 64 and there.nbytes == codes.nbytes + getattr(scales, "nbytes", 0)
+    assert there.xp.__name__ == library and there.xp is CacheCodes.zeros(there.xp, shape, kind).xp
+    expected = kv_cache.decode(codes, scales, kind).reshape(shape)
+    assert same_bits(host(there.dense), expected)
+    for index, rows in ((1, slice(1, 2)), (-1, slice(2, 3)), (slice(1, 3), slice(1, 3)), (slice(None), slice(None))):
+        part = there[index]
+        assert part.kind == kind and part.shape == (len(expected[rows]), *shape[1:])
+        assert same_bits(host(part.dense), expected[rows])
+    there[1].codes[...] = 0  # a view
+    assert not host(there.codes)[1].any() and same_bits(host(there.codes)[::2], codes[::2])
+    arrays = cache_arrays(k=there, v=there.codes, w=None)
+    assert list(arrays) == ["k.codes", "k.scales", "v", "w"]
+    assert arrays["k.codes"] is there.codes and arrays["k.scales"] is there.scales and arrays["v"] is there.codes
+    zeros = CacheCodes.zeros(there.xp, shape, kind)
+    assert zeros.shape == shape and not host(zeros.codes).any()
+    assert zeros.codes.shape == codes.shape and (zeros.scales is None or zeros.scales.shape == scales.shape)
+    assert not host(zeros.dense).any() and zeros != CacheCodes(kind, zeros.codes, zeros.scales) and zeros == zeros
+
+
+@on_both
+def test_cache_codes_refuse(library):
+    codes, scales = (move(library, np.zeros(s, t)) for s, t in (((2, 4, 1, 64), np.uint8), ((2, 4, 1, 2), np.float16)))
+    refused(lambda: CacheCodes("fp16", codes), ValueError, 'kind must be "fp8", "e4m3", "q4" or "q8", got \'fp16\'')
+    refused(lambda: CacheCodes("fp8", [1]), TypeError, "codes must be a NumPy or CuPy array")
+    refused(lambda: CacheCodes("fp8", scales), TypeError, "codes must have dtype uint8")
+    refused(lambda: CacheCodes("fp8", codes[0]), ValueError, "codes must have 4 dimensions")
+    refused(lambda: CacheCodes("fp8", codes[:, ::2]), ValueError, "codes must be C-contiguous")
+    refused(lambda: CacheCodes("fp8", codes, scales), ValueError, "scales must be None for fp8")
+    refused(lambda: CacheCodes("q8", codes), ValueError, "scales must be given for q8, got None")
+    refused(lambda: CacheCodes("e4m3", codes, scales), ValueError, r"scales must have shape \(2, 4, 1, 1\), got \(2, 4, 1, 2\)")
+    refused(lambda: CacheCodes("q4", codes, scales), ValueError, r"scales must have shape \(2, 4, 1, 4\), got \(2, 4, 1, 2\)")
+    refused(lambda: CacheCodes("q8", codes, scales.view(np.int16)), TypeError, "scales must have dtype float16")
+    odd = move(library, np.zeros((2, 4, 1, 96), np.uint8))
+    refused(lambda: CacheCodes("q8", odd, scales), UnsupportedError, "a multiple of 64, got 96: take kind e4m3 or fp8")
+    refused(lambda: CacheCodes.zeros(np, (1, 1, 1, 32), "q4"), UnsupportedError, "a multiple of 64, got 32")
+    good = CacheCodes("q8", codes, scales)
+    refused(lambda: good[:, 1], TypeError, "an index of CacheCodes must be a whole number or a slice of rows, got tuple")
+    with pytest.raises(AttributeError):
+        good.kind = "fp8"
+
+
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 
@@ -334,7 +400,7 @@ def test_refusals(library, op):
     call = caller(library, op, start=0, width=4)
     x, scales = np.ones(REFUSED_SHAPE, np.float16), np.ones((2, 4, 1, 2), np.float16)
     wide = np.ones(REFUSED_SHAPE, np.uint8)
-    refused(lambda: call(kind="q6"), ValueError, 'kind must be "fp8", "q4" or "q8", got \'q6\'')
+    refused(lambda: call(kind="q6"), ValueError, 'kind must be "fp8", "e4m3", "q4" or "q8", got \'q6\'')
     refused(lambda: call(x=x.astype(np.float32)), TypeError, "x must have dtype float16")
     refused(lambda: call(x=x[0]), ValueError, "x must have 4 dimensions")
     refused(lambda: call(x=[1.0]), TypeError, "x must be a NumPy or CuPy array")
@@ -533,6 +599,34 @@ def test_kernel_on_many_values(cupy, kind):
     there = encode_blocks(cupy.asarray(x), kind)
     assert all_same(there, expected)
     assert same_bits(decode_blocks(*there, kind).get(), kv_cache.decode(*expected, kind))
+
+
+@pytest.mark.gpu
+def test_e4m3_kernel_on_every_float16(cupy):
+    """Every value as a code under the scale 1, and as the largest of a head with smaller ones, so that it makes the scale."""
+    every = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    small = every[np.abs(every) <= 448]  # without NaN
+    alone = np.full((-(-small.size // 63), 64), 448, np.float16)
+    alone[:, 1:] = np.resize(small, (len(alone), 63))
+    with np.errstate(all="ignore"):
+        beside = np.stack(
+            [(every.astype(np.float32) * f).astype(np.float16) for f in (1, -0.9, 0.3, 1 / 7, 0.01, 1e-3, 0, -1)], 1
+        )
+    for x in (alone, beside):
+        x = x.reshape(1, 1, *x.shape)
+        expected = kv_cache.encode(x, "e4m3")
+        there = cupy.zeros(x.shape, np.uint8), cupy.zeros((*x.shape[:3], 1), np.float16)
+        kv_encode(cupy.asarray(x), *there, kind="e4m3", start=0, width=1)
+        assert np.array_equal(there[0].get().ravel(), expected[0]) and same_bits(there[1].get().ravel(), expected[1])
+        back = cupy.zeros(x.shape, np.float16)
+        kv_decode(*there, back, kind="e4m3", start=0, width=1)
+        assert same_bits(back.get().ravel(), kv_cache.decode(*expected, "e4m3"))
+    # Every code under many scales, also those that encoding never gives.
+    codes = np.tile(np.arange(256, dtype=np.uint8), 256).reshape(1, 1, 256, 256)
+    scales = np.arange(1 << 16, dtype=np.uint16)[:: 1 << 8].view(np.float16).reshape(1, 1, 256, 1)
+    back = cupy.zeros(codes.shape, np.float16)
+    kv_decode(cupy.asarray(codes), cupy.asarray(scales), back, kind="e4m3", start=0, width=1)
+    assert same_bits(back.get().ravel(), kv_cache.decode(codes, scales, "e4m3"))
 
 
 @pytest.mark.gpu

@@ -42,6 +42,7 @@ from cupyq.ops.rope import rope_tables
         {},
         {"window": 3},
         {"softcap": 0.5},
+        {"sinks": numbers(HEADS, seed=6)},
         {"scale": 1.0},
         head_norms(eps=1e-5),
         head_norms(eps=1e-5, kind="layer"),

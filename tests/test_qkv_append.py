@@ -7,6 +7,7 @@ import pytest
 from kernel_checks import FLOATS, banded, bfloat16, float16, float32, host, move, on_both, on_gpu, random, same_bits, unwritten
 
 from cupyq.ops.kv_append import kv_append
+from cupyq.ops.kv_codec import CacheCodes, kv_encode_paged
 from cupyq.ops.norm import head_norm
 from cupyq.ops.qkv_append import qkv_append
 from cupyq.ops.rope import rope, rope_tables
@@ -28,19 +29,59 @@ def problem(batch, seq, heads, kv_heads, head_dim, pairs, dtype, *, table=float3
     return (qkv, *caches, np.sin(angles).astype(table), np.cos(angles).astype(table))
 
 
-def unfused(library, qkv, k_cache, v_cache, sin, cos, positions, *, heads, style="neox", q_norm=None, k_norm=None, eps=1e-6):
+def with_parts(cache, change):
+    """The array, or the CacheCodes with each of its arrays, changed."""
+    if not isinstance(cache, CacheCodes):
+        return change(cache)
+    return CacheCodes(cache.kind, change(cache.codes), None if cache.scales is None else change(cache.scales))
+
+
+def full_cache(seed, shape, kind, dtype):
+    """A cache full of something: an array of dtype for kind "dense", else codes and scales as random bytes."""
+    if kind == "dense":
+        return random(seed, shape, dtype)
+    rng = np.random.default_rng(seed)
+    return with_parts(
+        CacheCodes.zeros(np, shape, kind),
+        lambda a: rng.integers(0, 256, a.nbytes, dtype=np.uint8).view(a.dtype).reshape(a.shape),
+    )
+
+
+def same_cache(there, expected):
+    if not isinstance(expected, CacheCodes):
+        return same_bits(host(there), expected)
+    pairs = [(there.codes, expected.codes)] + ([] if expected.scales is None else [(there.scales, expected.scales)])
+    return all(same_bits(host(a), b) for a, b in pairs)
+
+
+def unfused(
+    library,
+    qkv,
+    k_cache,
+    v_cache,
+    sin,
+    cos,
+    positions,
+    *,
+    heads,
+    style="neox",
+    q_norm=None,
+    k_norm=None,
+    eps=1e-6,
+    block_table=None,
+):
     """(q, k_cache, v_cache) by the ops that qkv_append stands for, on that library."""
     q, k, v = (move(library, a) for a in parts_of(qkv, heads, *k_cache.shape[2:]))
-    sin, cos, positions = (move(library, a) for a in (sin, cos, positions))
-    k_cache, v_cache = (move(library, a.copy()) for a in (k_cache, v_cache))
+    sin, cos, positions, block_table = (move(library, a) for a in (sin, cos, positions, block_table))
+    k_cache, v_cache = (with_parts(cache, lambda a: move(library, a.copy())) for cache in (k_cache, v_cache))
     if q_norm is not None:
         q = head_norm(q, move(library, q_norm), eps=eps)
     if k_norm is not None:
         k = head_norm(k, move(library, k_norm), eps=eps)
     if style is not None:
         q, k = (rope(x, sin, cos, positions, style=style) for x in (q, k))
-    kv_append(k, v, k_cache, v_cache, positions)
-    return tuple(host(a) for a in (q, k_cache, v_cache))
+    kv_append(k, v, k_cache, v_cache, positions, block_table=block_table)
+    return host(q), *(with_parts(cache, host) for cache in (k_cache, v_cache))
 
 
 # --- the reference ----------------------------------------------------------------------------------------------------
@@ -126,6 +167,77 @@ def test_bits_of_the_ops_one_after_the_other(library, dtype, style):
             assert same_bits(host(there[1]), expected[1]) and same_bits(host(there[2]), expected[2]), (number, norms)
 
 
+# (kinds, dtype, style, (batch, seq, heads, kv_heads, head_dim, pairs))
+CODES = [
+    (("q4", "q4"), float16, "neox", (2, 1, 4, 1, 64, 32)),
+    (("q8", "q8"), float16, "neox", (1, 3, 7, 2, 128, 64)),
+    (("q8", "q4"), float16, "gptj", (2, 2, 3, 3, 192, 20)),
+    (("q8", "q4"), bfloat16, "neox", (3, 1, 32, 8, 128, 64)),
+    (("fp8", "fp8"), float16, "neox", (1, 2, 3, 1, 80, 20)),
+    (("e4m3", "e4m3"), float16, "neox", (2, 2, 5, 2, 128, 64)),
+    (("e4m3", "fp8"), bfloat16, "neox", (2, 1, 3, 3, 6, 1)),
+    (("q4", "e4m3"), float32, None, (1, 5, 2, 1, 256, 128)),
+    (("dense", "q8"), float16, "neox", (2, 3, 4, 2, 64, 32)),
+    (("e4m3", "dense"), bfloat16, None, (2, 3, 4, 2, 96, 48)),
+    (("dense", "dense"), float16, "neox", (2, 3, 4, 2, 64, 32)),
+]
+PAGES, PAGE_SIZE = 12, 4
+
+
+def paged_problem(kinds, dtype, sizes, seed=0):
+    """(qkv, k_cache, v_cache, sin, cos), positions and a block table; values from 2^-10 to 2^10 of the usual."""
+    batch, seq, heads, kv_heads, head_dim, pairs = sizes
+    qkv, *_, sin, cos = problem(*sizes, dtype, seed=seed)
+    factors = 2.0 ** np.random.default_rng(seed).integers(-10, 11, (*qkv.shape[:2], heads + 2 * kv_heads, 1))
+    qkv = (qkv.reshape(*factors.shape[:3], head_dim).astype(np.float64) * factors).astype(np.float32).astype(dtype)
+    caches = (full_cache(i, (PAGES, PAGE_SIZE, kv_heads, head_dim), kind, dtype) for i, kind in enumerate(kinds))
+    rng = np.random.default_rng(seed + 9)
+    positions = rng.integers(0, min(3 * PAGE_SIZE - seq, 9) + 1, batch).astype(np.int32)  # within the tables, too
+    table = rng.permutation(PAGES)[: 3 * batch].reshape(batch, 3).astype(np.int32)
+    return (qkv.reshape(batch, seq, -1), *caches, sin, cos), positions, table
+
+
+@on_both
+@pytest.mark.parametrize("kinds, dtype, style, sizes", CODES, ids=lambda v: "-".join(v) if v in [c[0] for c in CODES] else None)
+def test_codes_and_pages(library, kinds, dtype, style, sizes):
+    """The bits of the ops one after the other: kinds of codes, in pages and as rows."""
+    arrays, positions, table = paged_problem(kinds, dtype, sizes)
+    if style is None:
+        arrays = (*arrays[:3], None, None)
+    k_norm = random(8, sizes[4], dtype)
+    for norm, block_table in ((None, table), (k_norm, table), (None, None)):
+        options = {"heads": sizes[2], "style": style, "k_norm": norm, "block_table": block_table}
+        if block_table is None:  # the pages are then rows
+            if sizes[1] > PAGE_SIZE:
+                continue
+            positions = np.minimum(positions, PAGE_SIZE - sizes[1]).astype(np.int32)
+        expected = unfused(library, *arrays, positions, **options)
+        there = [None if a is None else with_parts(a, lambda b: move(library, b.copy())) for a in (*arrays, positions)]
+        q = qkv_append(*there, **{name: move(library, value) for name, value in options.items()})
+        assert same_bits(host(q), expected[0])
+        for i in (1, 2):
+            assert same_cache(there[i], expected[i]) and not same_cache(there[i], arrays[i])
+
+
+@on_both
+def test_codes_are_those_of_kv_encode(library):
+    """Of the turned keys and of the values in a float16 cache."""
+    arrays, positions, table = paged_problem(("q8", "q4"), float16, (2, 3, 4, 2, 64, 32))
+    there = [with_parts(a, lambda b: move(library, b.copy())) for a in (*arrays, positions)]
+    qkv_append(*there, heads=4, block_table=move(library, table))
+    _, k, v = parts_of(arrays[0], 4, 2, 64)
+    sin, cos, first = (move(library, a) for a in (*arrays[3:], positions))
+    for i, new in ((1, host(rope(move(library, k), sin, cos, first))), (2, v)):
+        staged, expected = np.zeros((PAGES, PAGE_SIZE, 2, 64), float16), with_parts(arrays[i], np.copy)
+        for b, t in np.ndindex(2, 3):
+            position = positions[b] + t
+            staged[table[b, position // PAGE_SIZE], position % PAGE_SIZE] = new[b, t]
+        kv_encode_paged(
+            staged, expected.codes, expected.scales, kind=expected.kind, lengths=positions, width=3, block_table=table
+        )
+        assert same_cache(there[i], expected)
+
+
 def test_the_comparison_bites():
     """Bits change where the norm is left out, its rounding skipped, or a table shifted by a row."""
     *arrays, sin, cos = problem(1, 4, 4, 2, 16, 8, float16)
@@ -168,6 +280,47 @@ def test_misaligned_arrays_between_sentinels(cupy, dtype):
                 check()
             for found, wanted in zip((out, k_there, v_there), expected, strict=True):
                 assert same_bits(found.get(), wanted)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shift", [0, 1, 2, 4])
+def test_misaligned_codes_between_sentinels(cupy, shift):
+    for kinds, dtype, style, sizes in (CODES[0], CODES[5], (("q8", "fp8"), bfloat16, "neox", (2, 1, 3, 2, 128, 32))):
+        arrays, positions, table = paged_problem(kinds, dtype, sizes)
+        expected = unfused("cupy", *arrays, positions, heads=sizes[2], style=style, block_table=table)
+        checks = []
+
+        def place_between(array, checks=checks):
+            there, check = banded(cupy, array, shift)
+            checks.append(check)
+            return there
+
+        caches = [with_parts(cache, place_between) for cache in arrays[1:3]]
+        qkv, *rest = (on_gpu(cupy, a, shift) for a in (arrays[0], *arrays[3:], positions))
+        q = qkv_append(qkv, *caches, *rest, heads=sizes[2], style=style, block_table=on_gpu(cupy, table, shift))
+        for check in checks:
+            check()
+        assert same_bits(q.get(), expected[0])
+        assert all(same_cache(found, wanted) for found, wanted in zip(caches, expected[1:], strict=True))
+
+
+@pytest.mark.gpu
+def test_tables_that_lead_outside(cupy):
+    """Of pages that are not there and positions outside, k and v are dropped; q is turned all the same."""
+    sizes = (4, 3, 2, 1, 64, 32)
+    (qkv, *caches, sin, cos), _, _ = paged_problem(("q8", "e4m3"), float16, sizes)
+    info = np.iinfo(np.int32)
+    table = np.array([[0, PAGES], [-1, 1], [2, info.max], [info.min, 3]], np.int32)
+    positions = np.array([3, 2, 6, 0], np.int32)
+    there = [with_parts(cache, cupy.asarray) for cache in caches]
+    where = [cupy.asarray(a) for a in (sin, cos, positions)]
+    q = qkv_append(cupy.asarray(qkv), *there, *where, heads=2, block_table=cupy.asarray(table))
+    expected = unfused("cupy", qkv, *caches, sin, cos, positions, heads=2, block_table=table)
+    assert same_bits(q.get(), expected[0])
+    for i, (found, cache) in enumerate(zip(there, caches, strict=True)):
+        assert same_cache(found, expected[i + 1])
+        changed = [page for page in range(PAGES) if not np.array_equal(found.codes[page].get(), cache.codes[page])]
+        assert changed == [0, 1]  # token 3 of row 0, tokens 4 of row 1; nothing of rows 2 and 3
 
 
 @pytest.mark.gpu
@@ -271,6 +424,27 @@ def test_refusals(case, library):
     arguments = {name: move(library, value) for name, value in ({"heads": 4} | good() | changed).items()}
     with pytest.raises(error, match=message):
         qkv_append(**arguments)
+
+
+def test_numpy_refuses_pages_that_are_not_there():
+    arrays, positions, table = paged_problem(("q8", "q4"), float16, (2, 3, 4, 2, 64, 32))
+    before = [with_parts(a, np.copy) for a in arrays[1:3]]
+    positions[:] = 0, 2
+    for changed, message in (
+        (
+            {"block_table": np.where(table == table[1, 1], 12, table)},
+            r"block_table\[1, 1\] must be 0 to 11, a page of the cache, got 12",
+        ),
+        ({"block_table": table[:, :1].copy()}, r"positions\[1\] is 2: 3 tokens .* a cache of capacity 4"),
+        ({"block_table": table[:1]}, "block_table has 1 rows, k has a batch of 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            qkv_append(*arrays, positions, heads=4, **changed)
+    with pytest.raises(ValueError, match="v_cache must be codes of shape"):
+        qkv_append(*arrays[:2], arrays[2][:3], *arrays[3:], positions, heads=4)
+    with pytest.raises(ValueError, match="k_cache.codes overlaps v_cache.codes"):
+        qkv_append(*arrays[:2], arrays[1], *arrays[3:], positions, heads=4)
+    assert all(same_cache(*pair) for pair in zip(arrays[1:3], before, strict=True))
 
 
 @on_both

@@ -40,6 +40,7 @@ LAYERS = {
     "_progress": 1,
     "formats": 1,
     "_launch": 1,
+    "_tensor_maps": 2,
     "_kernels": 2,
     "ops": 3,
     "layers": 4,

@@ -73,6 +73,15 @@ def positions(dtype):
     for style in ("neox", "gptj"):
         ops.qkv_append(qkv, *caches, sin, cos, start, heads=5, style=style, q_norm=norm, k_norm=norm)
     ops.qkv_append(qkv, *caches, None, None, start, heads=5, style=None)
+    pages = cupy.asarray(np.array([[4, 0, 7], [1, 5, -1]], np.int32))
+    for heads, head_dim, kinds in ((3, 64, ("q8", "q4")), (1, 128, ("q4", "q8")), (2, 44, ("e4m3", "fp8"))):
+        k, v = array(2, 3, heads, head_dim, dtype=dtype), array(2, 3, heads, head_dim, dtype=dtype)
+        caches = [ops.CacheCodes.zeros(cupy, (6, 7, heads, head_dim), kind) for kind in kinds]
+        ops.kv_append(k, v, *caches, start, block_table=pages)
+        ops.kv_append(k, v, *caches, start)
+        qkv, norm = array(2, 3, (5 + 2 * heads) * head_dim, dtype=dtype), array(head_dim)
+        ops.qkv_append(qkv, *caches, sin, cos, start, heads=5, k_norm=norm, block_table=pages)
+        ops.qkv_append(qkv, *caches, None, None, start, heads=5, style=None)
 
 
 def attentions(dtype):
@@ -81,6 +90,17 @@ def attentions(dtype):
         lengths = cupy.asarray(np.array([capacity, max(seq, capacity // 2)], np.int32))
         ops.attention(array(2, seq, 6, head_dim, dtype=dtype), k, v, kv_lengths=lengths, window=50, softcap=20.0)
         ops.attention(array(2, seq, 6, head_dim, dtype=dtype), k, v, kv_lengths=lengths)
+    table, lengths = cupy.asarray(np.array([[4, 0, 7], [1, 5, -1]], np.int32)), cupy.asarray(np.array([45, 37], np.int32))
+    for starts, kinds in (
+        ([0, 3, 4], ("q8", "q4")),
+        ([0, 40, 77], ("e4m3", "q8")),
+        ([0, 0, 21], ("fp8", "fp8")),
+        ([0, 40, 77], ()),
+    ):
+        caches = [ops.CacheCodes.zeros(cupy, (6, 16, 2, 64), kind) for kind in kinds if dtype != np.float32]
+        k, v = caches or (array(6, 16, 2, 64, dtype=dtype), array(6, 16, 2, 64, dtype=dtype))
+        tables = {"kv_lengths": lengths, "block_table": table, "query_starts": cupy.asarray(np.array(starts, np.int32))}
+        ops.attention(array(starts[-1], 6, 64, dtype=dtype), k, v, sinks=array(6), **tables)
 
 
 def routing_and_sampling(dtype):
@@ -147,7 +167,7 @@ def adapters(dtype):
 def caches(dtype):
     """Chunks that end inside of a block, tokens whose chunks straddle them, pages of odd sizes, unaligned views."""
     lengths, table = cupy.asarray(np.array([0, 13], np.int32)), cupy.asarray(np.array([[4, 0, 2], [1, 5, 3]], np.int32))
-    for kind in ("fp8", "q4", "q8"):
+    for kind in ("fp8", "q4", "q8", "e4m3"):
         for shape in ((6, 7, 1, 64), (6, 7, 3, 32), (6, 70, 2, 128)):
             x, codes = array(*shape, dtype=np.float16), cupy.zeros(kv_cache.code_shape(shape, kind), np.uint8)
             scales = None if kind == "fp8" else cupy.zeros(kv_cache.scale_shape(shape, kind), np.float16)
@@ -155,7 +175,7 @@ def caches(dtype):
             ops.kv_decode(codes, scales, x, kind=kind, start=0, width=shape[1] - 1, rows=5)
             ops.kv_encode_paged(x, codes, scales, kind=kind, lengths=lengths, width=8, block_table=table)
             ops.kv_decode_paged(codes, scales, x, kind=kind, lengths=lengths, block_table=table)
-        if kind != "fp8":
+        if kind in ("q4", "q8"):
             for chunks, shift in ((1, 0), (33, 0), (129, 1)):
                 x = array(64 * chunks + shift, dtype=np.float16)[shift:]
                 ops.decode_blocks(*ops.encode_blocks(x, kind), kind)

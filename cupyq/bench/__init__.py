@@ -14,6 +14,14 @@ def run(arguments):
 
         with _lines(arguments.out_file) as lines:
             return {"rows": model.run(arguments, arguments.out, lines)}, 0
+    if arguments.family == "attention":
+        from cupyq.bench import attention
+
+        given = (arguments.heads, arguments.kv_heads, arguments.head_dim, arguments.dtype, arguments.cache, arguments.peers)
+        chosen = attention.Options.parse(*given, arguments.quick)
+        with _lines(arguments.out_file) as lines:
+            rows, is_right = attention.run(chosen, arguments.out, lines)
+        return {"rows": rows}, 0 if is_right else 1
     from cupyq.bench import qmatmul, sweep
 
     if arguments.family is None:

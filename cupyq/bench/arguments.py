@@ -5,6 +5,7 @@ import argparse
 FAMILIES = """\
 families:
   qmatmul   products with quantized weights, every width and number of rows, beside cuBLAS, PyTorch's int4 and exllamav2
+  attention decoding and prompts over contiguous, paged and quantized caches, beside PyTorch's FlashAttention and cuDNN
   model     a model of random weights: tokens per second, loading, the first token
 
 Without a family: a short qmatmul table. Everything is verified before it is timed, and compared with what this machine can
@@ -22,6 +23,7 @@ def add_arguments(parser, whole):
     parser.epilog = FAMILIES
     parser.formatter_class = _format
     _add_qmatmul(_family(families, "qmatmul"), whole)
+    _add_attention(_family(families, "attention"), whole)
     _add_model(_family(families, "model"), whole)
 
 
@@ -42,6 +44,16 @@ def _add_qmatmul(sub, whole):
     sub.add_argument("--exllamav2", metavar="DIR", help="folder of a built exllamav2_ext*.so, where Python does not find it")
     sub.add_argument("--quick", action="store_true", help="three shapes and widths, and few rows: under a minute")
     sub.add_argument("--sweep", action="store_true", help="time every sensible configuration against the one in use")
+
+
+def _add_attention(sub, whole):
+    sub.add_argument("--heads", type=whole(1), default=32, metavar="N", help="query heads; default 32")
+    sub.add_argument("--kv-heads", type=whole(1), default=8, metavar="N", help="heads of keys and values; default 8")
+    sub.add_argument("--head-dim", type=whole(8), default=128, metavar="N", help="size of a head; default 128")
+    sub.add_argument("--dtype", choices=("float16", "bfloat16"), default="float16", help="of the queries; default float16")
+    sub.add_argument("--cache", metavar="KIND,...", help="of fp16 (arrays of --dtype), fp8, e4m3, q4, q6, q8; default: all")
+    sub.add_argument("--peers", metavar="NAME,...", help="of flash, cudnn, or none; default: those present")
+    sub.add_argument("--quick", action="store_true", help="decoding and prompts of a few lengths, fp16 and q4")
 
 
 def _add_model(sub, whole):

@@ -1,18 +1,22 @@
-"""The others that can multiply: cuBLAS on unquantized weights, PyTorch's int4 kernel, exllamav2's extension.
+"""The others that can multiply: cuBLAS on unquantized weights, PyTorch's int4 kernel, exllamav2's extension; and PyTorch's
+attention, by FlashAttention 2 and by cuDNN.
 
 PyTorch is imported here and nowhere else in the package, by name and only when a peer is asked for: a benchmark against it
 cannot do without it.
 """
 
+import contextlib
+import functools
 import importlib
 import importlib.util
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
 
 from cupyq._arrays import float16, require_cupy
-from cupyq.bench.timing import cold_copies, graph_microseconds, loops_for
+from cupyq.bench.timing import cold_copies, graph_microseconds, loops_for, settled_times
 
 INT4_MAX_ROWS = 256
 """PyTorch's kernel reads the weights again for every few rows: beyond, its times only grow."""
@@ -37,7 +41,7 @@ def torch_graph_microseconds(torch, run, repeats=12):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
-    return float(np.median(_torch_event_times(torch, graph.replay, repeats)))
+    return float(np.median(settled_times(graph.replay, functools.partial(_torch_event_times, torch), repeats)))
 
 
 def _torch_event_times(torch, run, repeats):
@@ -107,6 +111,76 @@ class TorchInt4:
                     self.torch._weight_int4pack_mm(x, weight, 128, self.scales)
 
         return torch_graph_microseconds(self.torch, run, repeats=5) / (loops * len(self.packed))
+
+
+class TorchAttention:
+    """Causal attention of PyTorch by one of its backends, "flash" or "cudnn", over arrays that it takes as they are.
+
+    What `scaled_dot_product_attention` can say goes through it. It aligns its causal mask at the first key and knows neither
+    windows nor lengths: for those, the function under its flash backend is called (private: other versions may differ).
+    """
+
+    backends = {"flash": "FLASH_ATTENTION", "cudnn": "CUDNN_ATTENTION"}
+
+    def __init__(self, torch, backend, q, caches, lengths, window=None):
+        """CuPy arrays q [batch, queries, heads, head_dim], caches [(k, v)] each [batch, keys, kv_heads, head_dim]."""
+        self.torch, self.backend, self.window, self.dtype = torch, backend, window, q.dtype
+        self.q = self._tensor(q)
+        self.caches = [(self._tensor(k), self._tensor(v)) for k, v in caches]
+        batch, queries, keys = *q.shape[:2], caches[0][0].shape[1]
+        is_even = min(lengths) == keys
+        self.is_plain = window is None and is_even and queries in (1, keys)
+        self.has_kernel = self.is_plain or backend == "flash"
+        self.starts = None
+        if not is_even:
+            steps = (torch.arange(batch + 1, dtype=torch.int32, device="cuda") * step for step in (queries, keys))
+            self.starts = (*steps, torch.tensor(lengths, dtype=torch.int32, device="cuda"))
+
+    def _tensor(self, array):
+        """Numbers of 16 bits pass as such: bfloat16 has no name that both libraries know."""
+        wanted = self.torch.float16 if array.dtype == float16 else self.torch.bfloat16
+        return self.torch.from_dlpack(array.view(np.int16)).view(wanted)
+
+    def _attend(self, k, v):
+        torch, q = self.torch, self.q
+        if self.is_plain:
+            queries, keys, values = (tensor.transpose(1, 2) for tensor in (q, k, v))
+            attention = torch.nn.functional.scaled_dot_product_attention
+            return attention(queries, keys, values, is_causal=q.shape[1] > 1, enable_gqa=True).transpose(1, 2)
+        left = None if self.window is None else self.window - 1
+        options = {"window_size_left": left, "window_size_right": None if left is None else 0}
+        starts, shape, sizes = (None, None), q.shape, (q.shape[1], k.shape[1])
+        if self.starts is not None:
+            q, k, v = (tensor.flatten(0, 1) for tensor in (q, k, v))
+            *starts, options["seqused_k"] = self.starts
+        # Then: no dropout, causal, no debug mask. It aligns the mask at the last key.
+        found = torch.ops.aten._flash_attention_forward(q, k, v, *starts, *sizes, 0.0, True, False, **options)
+        return found[0].reshape(shape)
+
+    def output(self):
+        """The result over the first cache, on the host."""
+        with self._chosen():
+            found = self._attend(*self.caches[0]).contiguous()
+        return found.view(self.torch.int16).cpu().numpy().view(self.dtype)
+
+    def microseconds(self, expected_us):
+        loops = loops_for(expected_us, len(self.caches))
+
+        def run():
+            for _ in range(loops):
+                for k, v in self.caches:
+                    self._attend(k, v)
+
+        with self._chosen():
+            return torch_graph_microseconds(self.torch, run, repeats=7) / (loops * len(self.caches))
+
+    @contextlib.contextmanager
+    def _chosen(self):
+        """No other backend may take over: where this one has no kernel, there is a RuntimeError."""
+        kernels = importlib.import_module("torch.nn.attention")
+        with warnings.catch_warnings(), kernels.sdpa_kernel(getattr(kernels.SDPBackend, self.backends[self.backend])):
+            warnings.simplefilter("ignore")  # why each of the others has not been taken
+            yield
 
 
 def load_exllamav2(folder):
@@ -197,7 +271,8 @@ class Exllamav2:
             run(-(-_EXLLAMAV2_TUNING_CALLS // len(self.handles)))
         run(1)
         self.torch.cuda.synchronize()
-        return float(np.median(_torch_event_times(self.torch, run, 5))) / (loops * len(self.handles))
+        times = settled_times(run, functools.partial(_torch_event_times, self.torch), 5)
+        return float(np.median(times)) / (loops * len(self.handles))
 
     def close(self):
         for handle in self.handles:

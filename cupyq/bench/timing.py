@@ -14,6 +14,8 @@ GRAPH_MICROSECONDS = 3000
 """About how long one replay of a graph should take, so that its start does not count."""
 MAX_LAUNCHES = 256
 """Capturing takes the host longer than the GPU needs for the smallest products."""
+SETTLE_MICROSECONDS = 10_000
+"""Whatever is timed runs for so long before: clocks depend on what came before, and one case must not pay for another."""
 
 
 def cold_copies(matrix_bytes, l2_bytes=None):
@@ -39,11 +41,16 @@ def graph_microseconds(run, repeats=15):
         stream.begin_capture()
         kept = run()
         graph = stream.end_capture()
-        graph.launch(stream)
-        stream.synchronize()
-        times = _event_times(cupy, lambda: graph.launch(stream), repeats, stream)
+        times = settled_times(lambda: graph.launch(stream), lambda run, count: _event_times(cupy, run, count, stream), repeats)
     del kept
     return float(np.median(times))
+
+
+def settled_times(run, times_of, repeats):
+    """times_of(run, repeats) in microseconds, once run() has gone on for SETTLE_MICROSECONDS."""
+    first = max(times_of(run, 2)[-1], 1.0)
+    times_of(run, min(50, int(SETTLE_MICROSECONDS / first)))
+    return times_of(run, repeats)
 
 
 @functools.cache

@@ -1,5 +1,5 @@
-// What the attention kernels share: who sees which key, tiles of the KV cache in shared memory, and the online softmax of
-// 16 query rows against one tile of keys on tensor cores.
+// What the attention kernels share: who sees which key, tiles of the KV cache in shared memory (from values or from codes),
+// and the online softmax of 16 query rows against one tile of keys on tensor cores.
 //
 // A tile holds `rows` rows of HEAD values in shared memory, HEAD = head_dim rounded up to 16, each row padded by 16 bytes:
 // eight consecutive rows then start in eight different 16-byte columns, so ldmatrix meets no bank conflict.
@@ -7,7 +7,8 @@
 // Scores leave the tensor cores as raw q . k. The softmax is taken in base 2: weight = 2^(multiplier * (score - top)), with
 // scale and log2(e) in the multiplier, one fma and one ex2 per score. A softcap replaces the score first (Logits).
 #pragma once
-#include "ptx.cuh"
+#include "kv_codec.cuh"
+#include "kv_view.cuh"
 
 // Turing's tensor cores multiply no bfloat16, and exchanging values between lanes instead takes a minute to compile: there
 // attention_simple does bfloat16, and the kernels here are empty.
@@ -33,6 +34,51 @@ __device__ __forceinline__ KeyRange visible_keys(int query, int seq, int length,
 // The valid keys of one batch row: all where no lengths were given, and never outside of the cache.
 __device__ __forceinline__ int valid_length(const int *kv_lengths, int row, int capacity) {
     return kv_lengths ? min(max(kv_lengths[row], 0), capacity) : capacity;
+}
+
+// --- who computes what ---
+
+// Queries `first`, first + 1, ... of sequence b, which has `seq` of them. Its query 0 is row `row` of q.
+struct QueryTile {
+    int b, first, seq;
+    int64 row;
+};
+
+// The tile of `tile_rows` queries that this block is for; its head is blockIdx.x % heads. Sequences of equal lengths: long tiles (late queries) of all of them
+// start first. With query_starts: as many blocks were launched as there may be tiles; a block without one finds seq = 0. All
+// lanes of a warp must call together.
+template <int tile_rows>
+__device__ __forceinline__ QueryTile query_tile(
+    const int *query_starts,  // [batch + 1] or null
+    int batch, int most_queries, int heads) {
+    if (!query_starts) {
+        int columns = batch * heads, b = blockIdx.x % columns / heads;
+        int tiles = (most_queries + tile_rows - 1) / tile_rows;
+        int first = (tiles - 1 - (int)blockIdx.x / columns) * tile_rows;
+        return {b, first, most_queries, (int64)b * most_queries};
+    }
+    int index = (gridDim.x - 1 - blockIdx.x) / heads, lane = threadIdx.x % 32;
+    for (int base = 0, before = 0; base < batch; base += 32) {  // a sequence per lane
+        int start = 0, end = 0;
+        if (base + lane < batch) {  // whatever the table says, rows stay inside of q
+            start = min(max(query_starts[base + lane], 0), most_queries);
+            end = min(max(query_starts[base + lane + 1], start), most_queries);
+        }
+        int tiles = (end - start + tile_rows - 1) / tile_rows, sum = tiles;
+        for (int step = 1; step < 32; step *= 2) {
+            int others = __shfl_up_sync(0xffffffffu, sum, step);
+            if (lane >= step) sum += others;
+        }
+        uint32 reached = __ballot_sync(0xffffffffu, index < before + sum);
+        if (reached) {
+            int owner = __ffs(reached) - 1;
+            int first = __shfl_sync(0xffffffffu, (index - before - sum + tiles) * tile_rows, owner);
+            int seq = __shfl_sync(0xffffffffu, end - start, owner), row = __shfl_sync(0xffffffffu, start, owner);
+            return {base + owner, first, seq, row};
+        }
+        before += __shfl_sync(0xffffffffu, sum, 31);
+    }
+    return {0, 0, 0, 0};
 }
 
 // --- arithmetic ---
@@ -98,6 +144,114 @@ __device__ __forceinline__ void load_tile(
     for (int r = 0; r < rows; r += step) {
         if (rows % step == 0 || row + r < rows)
             copy_async_16(target + r * (HEAD + 8), source + r * row_stride, first + row + r < end && column < head_dim);
+    }
+}
+
+// --- keys and values of a cache ---
+
+template <CacheKind kind> struct KindOf {
+    static constexpr CacheKind value = kind;
+};
+
+// A lane's 8 values of a cache of codes, as stored.
+template <CacheKind kind> struct StoredValues {
+    LaneCodes<kind> codes;
+    half scale;
+};
+
+// The 8 codes from `column` on of row `row`; zeros, unread, where `is_valid` is false.
+template <CacheKind kind, bool aligned>
+__device__ __forceinline__ StoredValues<kind> load_stored(
+    const void *codes, const half *scales, int64 row, int column, int head_dim, bool is_valid) {
+    StoredValues<kind> stored = {};
+    if (!is_valid) return stored;
+    int64 first = row * head_dim + column;
+    stored.codes = load_words<aligned, LaneCodes<kind>>((const uint8 *)codes + (kind == q4 ? first / 2 : first));
+    if (kind == e4m3) stored.scale = scales[row];
+    if (kind == q4 || kind == q8) stored.scale = scales[first / group_values];
+    return stored;
+}
+
+// All lanes of a warp must call together; 8 neighbours hold a chunk where the kind has chunks.
+template <typename T, CacheKind kind>
+__device__ __forceinline__ LaneValues decode_stored(const StoredValues<kind> &stored) {
+    LaneValues pairs;
+    if constexpr (kind == fp8) {
+        pairs = decode_fp8(stored.codes);
+    } else if constexpr (kind == e4m3) {
+        float scale = to_float(stored.scale);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            uint32 two = stored.codes[i / 2] >> (16 * (i % 2));
+            pairs[i] = pack_pair<half>(e4m3_value(two & 0xffu) * scale, e4m3_value(two >> 8 & 0xffu) * scale);
+        }
+    } else {
+        pairs = decode_chunk<kind>(stored.codes, stored.scale);
+    }
+    if constexpr (!is_same<T, half>) {
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            pairs[i] = pack_pair<T>(to_float(half{(uint16)pairs[i]}), to_float(half{(uint16)(pairs[i] >> 16)}));
+    }
+    return pairs;
+}
+
+// Keys `first`, first + 1, ... of a sequence, and their values, into tiles of `rows`, by all `threads` threads of the block.
+// Key j is row row_of(j) of the cache, for one head. Those from `end` on and columns from head_dim on become zeros and are not
+// read: whatever an unused slot holds, NaN included, stays out of the product of a zero weight and V. 16-bit values come by
+// copy_async; codes are decoded on the way.
+template <typename T, CacheKind k_kind, CacheKind v_kind, int HEAD, int rows, int threads, typename RowOf>
+__device__ __forceinline__ void load_cache_tiles(
+    T *sK,                 // [rows, HEAD + 8] in shared memory
+    T *sV,                 // as sK
+    const void *k,         // [slots * kv_heads, head_dim] of T or codes
+    const half *k_scales,  // of codes
+    const void *v,         // as k
+    const half *v_scales,  // as k_scales
+    RowOf row_of, int first, int end, int head_dim) {
+    constexpr int columns = HEAD / 8;  // of 8 values
+    constexpr int total = rows * columns, turns = (total + threads - 1) / threads;
+    constexpr int together = turns % 4 == 0 ? 4 : turns;  // loads on their way before what they bring is stored
+    static_assert(total % 32 == 0, "lanes of a warp stay together");
+#pragma unroll 1
+    for (int begin = threadIdx.x; begin < turns * threads; begin += together * threads) {
+        int64 row[together];
+        bool is_valid[together];
+        StoredValues<k_kind> stored_k[together];
+        StoredValues<v_kind> stored_v[together];
+        auto column = [&](int turn) { return (begin + turn * threads) % columns * 8; };
+        auto target = [&](int turn) { return (begin + turn * threads) / columns * (HEAD + 8) + column(turn); };
+        auto is_inside = [&](int turn) { return total % threads == 0 || begin + turn * threads < total; };
+#pragma unroll
+        for (int turn = 0; turn < together; turn++) {
+            int key = first + (begin + turn * threads) / columns;
+            is_valid[turn] = is_inside(turn) && key < end && column(turn) < head_dim;
+            row[turn] = is_valid[turn] ? row_of(key) : 0;
+        }
+        auto fetch = [&](auto kind, T *tile, const void *values, const half *scales, auto &stored) {
+#pragma unroll
+            for (int turn = 0; turn < together; turn++) {
+                if constexpr (kind.value == dense) {
+                    const T *source = (const T *)values + row[turn] * head_dim + (is_valid[turn] ? column(turn) : 0);
+                    if (is_inside(turn)) copy_async_16(tile + target(turn), source, is_valid[turn]);
+                } else {
+                    stored[turn] = load_stored<kind.value, true>(
+                        values, scales, row[turn], column(turn), head_dim, is_valid[turn]);
+                }
+            }
+        };
+        auto store = [&](auto kind, T *tile, auto &stored) {
+#pragma unroll
+            for (int turn = 0; turn < together; turn++)
+                if constexpr (kind.value != dense) {
+                    LaneValues pairs = decode_stored<T, kind.value>(stored[turn]);
+                    if (is_inside(turn)) *(LaneValues *)(tile + target(turn)) = pairs;
+                }
+        };
+        fetch(KindOf<k_kind>(), sK, k, k_scales, stored_k);
+        fetch(KindOf<v_kind>(), sV, v, v_scales, stored_v);
+        store(KindOf<k_kind>(), sK, stored_k);
+        store(KindOf<v_kind>(), sV, stored_v);
     }
 }
 
@@ -244,3 +398,16 @@ template <typename T, int HEAD> struct SoftmaxRows {
 
 // What divides the accumulator: a row without keys gives zeros, a NaN among its scores stays NaN.
 __device__ __forceinline__ float inverse_sum(float sum) { return sum == 0 ? 0 : 1 / sum; }
+
+// The same once the row's sink has joined, a logit without a value: `top` and `sink` are exponents of two, minus infinity where
+// there is none (and then not a bit changes).
+__device__ __forceinline__ float inverse_sum_with_sink(float sum, float top, float sink) {
+    float highest = fmaxf(top, sink), offset = highest == -infinity_float() ? 0 : highest;
+    float shrink = exp2_fast(top - offset);
+    return inverse_sum(fmaf(sum, shrink, exp2_fast(sink - offset))) * shrink;
+}
+
+// The sink of head h as an exponent of two.
+__device__ __forceinline__ float sink_exponent(const float *sinks, int h) {
+    return sinks ? sinks[h] * 1.4426950408889634f : -infinity_float();
+}

@@ -4,23 +4,30 @@
 //             keys in tiles of tile_keys, double-buffered with cp.async; tiles nobody in the block (or warp) sees are skipped.
 //             Long blocks (late queries) start first, so that the last wave is made of short ones.
 // Numerics    products of 16-bit values summed in fp32; online softmax in fp32, base 2; weights rounded to T for the product
-//             with V, their sum not; one rounding at the store. Key order is fixed: same bits every run.
-// Limits      head_dim a multiple of 8, HEAD that rounded up to 16, at most 256; 16-byte aligned arrays; any seq, capacity
-//             and batch. out may be q.
+//             with V, their sum not; a sink joins that sum at the end; one rounding at the store. Key order is fixed, wherever
+//             pages lie: same bits every run. Codes are decoded to T while a tile comes in: the bits of a decoded cache.
+// Limits      head_dim a multiple of 8, HEAD that rounded up to 16, at most 256; q4 and q8: a multiple of 64; 16-byte aligned
+//             arrays; any seq, capacity and batch. out may be q.
 // Traffic     2 * batch * seq * heads * head_dim values (q, out) + K and V once from memory (each block again from L2);
 //             4 * head_dim flops per visible (query, key) pair and head.
 // Reference   cupyq/ops/attention.py: attention_reference. Method: FlashAttention-2, arXiv 2307.08691.
 #include "attention.cuh"
 
-template <typename T, int HEAD, int warps, int tile_keys>
-__global__ void __launch_bounds__(32 * warps) attention_prefill(
-    const T *q,             // [batch, seq, heads, head_dim]
-    const T *k,             // [>= batch, capacity, kv_heads, head_dim]
-    const T *v,             // as k
+// One block a multiprocessor is enough to ask for: left to itself, ptxas presses narrow heads into 128 registers, and spills.
+template <typename T, int HEAD, int warps, int tile_keys, CacheKind k_kind, CacheKind v_kind>
+__global__ void __launch_bounds__(32 * warps, 1) attention_prefill(
+    const T *q,             // [batch, most_queries, heads, head_dim]; with query_starts [most_queries, heads, head_dim]
+    const void *k,          // [pages, page size, kv_heads, head_dim] of T, or codes
+    const half *k_scales,   // of codes
+    const void *v,          // as k
+    const half *v_scales,   // as k_scales
     const int *kv_lengths,  // [batch] or null: all of capacity
-    T *out,                 // as q
-    int batch, int seq, int heads, int kv_heads, int head_dim, int capacity, int is_causal, int window, float scale,
-    float softcap) {  // softcap 0: none
+    const int *block_table,   // [batch, max_pages] or null: page b is sequence b, its size the capacity
+    const int *query_starts,  // [batch + 1] or null
+    const float *sinks,       // [heads] or null
+    T *out,                   // as q
+    int batch, int most_queries, int heads, int kv_heads, int head_dim, int capacity, int page_shift, int max_pages,
+    int pages, int is_causal, int window, float scale, float softcap) {  // softcap 0: none
     constexpr int tile_rows = 16 * warps, threads = 32 * warps, row_values = HEAD + 8;
     constexpr bool overlays = HEAD <= 128;  // the queries leave shared memory before the first keys enter
     static_assert(!overlays || tile_rows <= 4 * tile_keys, "queries do not fit where the keys go");
@@ -34,29 +41,27 @@ __global__ void __launch_bounds__(32 * warps) attention_prefill(
     T *sV = sK + 2 * tile_keys * row_values;                  // [2, tile_keys, row_values]
     T *sQ = overlays ? sK : sV + 2 * tile_keys * row_values;  // [tile_rows, row_values]
 
+    QueryTile own = query_tile<tile_rows>(query_starts, batch, most_queries, heads);
+    if (own.seq == 0) return;
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    int tiles_of_queries = (seq + tile_rows - 1) / tile_rows;
-    int columns = batch * heads, column = blockIdx.x % columns;
-    int b = column / heads, h = column % heads, kv_head = h / (heads / kv_heads);
-    int first_query = (tiles_of_queries - 1 - blockIdx.x / columns) * tile_rows;
-    int length = valid_length(kv_lengths, b, capacity);
+    int h = blockIdx.x % heads, seq = own.seq, first_query = own.first, kv_head = h / (heads / kv_heads);
+    int length = valid_length(kv_lengths, own.b, capacity);
     Logits logits(scale, softcap);
+    KVPages cache = {block_table, capacity, page_shift, max_pages, pages};
 
-    int64 query_stride = (int64)heads * head_dim, key_stride = (int64)kv_heads * head_dim;
-    int64 query_offset = (int64)b * seq * query_stride + (int64)h * head_dim;
-    int64 key_offset = (int64)b * capacity * key_stride + (int64)kv_head * head_dim;
+    int64 query_stride = (int64)heads * head_dim;
+    int64 query_offset = own.row * query_stride + (int64)h * head_dim;
 
     auto visible = [&](int query) { return visible_keys(query, seq, length, is_causal, window); };
     int begin = visible(first_query).begin;                        // of the whole block:
     int end = visible(min(first_query + tile_rows, seq) - 1).end;  // ranges grow with the query
     int tiles = end > begin ? (end - begin + tile_keys - 1) / tile_keys : 0;
 
+    auto row_of = [&](int key) { return cache.row_of(own.b, key) * kv_heads + kv_head; };
     auto load_keys = [&](int tile) {
         int first = begin + tile * tile_keys, stage = tile % 2 * tile_keys * row_values;
-        load_tile<T, HEAD, tile_keys, threads>(
-            sK + stage, k + key_offset, key_stride, first, end, head_dim, threadIdx.x);
-        load_tile<T, HEAD, tile_keys, threads>(
-            sV + stage, v + key_offset, key_stride, first, end, head_dim, threadIdx.x);
+        load_cache_tiles<T, k_kind, v_kind, HEAD, tile_keys, threads>(
+            sK + stage, sV + stage, k, k_scales, v, v_scales, row_of, first, end, head_dim);
     };
 
     load_tile<T, HEAD, tile_rows, threads>(sQ, q + query_offset, query_stride, first_query, seq, head_dim, threadIdx.x);
@@ -87,8 +92,10 @@ __global__ void __launch_bounds__(32 * warps) attention_prefill(
         if (is_seen) softmax.template add<tile_keys>(queries, sK + stage, sV + stage, rows, needs_mask, first, logits);
     }
 
+    float sink = sink_exponent(sinks, blockIdx.x % heads);
     for (int half = 0; half < 2; half++) {
-        float inverse = inverse_sum(softmax.total(half));
+        float top = softmax.top[half] * logits.multiplier;
+        float inverse = inverse_sum_with_sink(softmax.total(half), top, sink);
         int query = warp_first + lane / 4 + 8 * half;
         T *row = out + query_offset + query * query_stride + lane % 4 * 2;
 #pragma unroll

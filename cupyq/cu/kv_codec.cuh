@@ -12,7 +12,7 @@
 #pragma once
 #include "ptx.cuh"
 
-enum CacheKind { fp8, q4, q8 };
+enum CacheKind { fp8, q4, q8, e4m3, dense };  // dense: values as they are, where a kernel takes arrays as well as codes
 
 constexpr int lane_values = 8, chunk_values = 64, group_values = 32;
 static_assert(chunk_values == 8 * lane_values && group_values == 4 * lane_values, "8 lanes a chunk, 4 lanes a scale");
@@ -111,6 +111,75 @@ __device__ __forceinline__ LaneValues decode_fp8(const LaneCodes<fp8> &codes) {
     return t;
 }
 
+// e4m3: a float8 with 4 bits of exponent and 3 of mantissa. The nearest to x, which is finite: ties to even, at most 448.
+__device__ __forceinline__ uint32 e4m3_code(float x) {
+    uint32 bits = __float_as_uint(x), magnitude = min(bits & 0x7fffffffu, __float_as_uint(448.0f));
+    uint32 code = (magnitude + 0x7ffffu + (magnitude >> 20 & 1u) >> 20) - (127 - 7 << 3);
+    // Subnormals are multiples of 2^-9, in which floats count from 2^14 on: the sum rounds to even.
+    if (magnitude < __float_as_uint(0x1p-6f))
+        code = __float_as_uint(__fadd_rn(__uint_as_float(magnitude), 0x1p14f)) - __float_as_uint(0x1p14f);
+    return code | (bits >> 24 & 0x80u);
+}
+__device__ __forceinline__ uint32 e4m3_code_pair(float low, float high) {
+#if __CUDA_ARCH__ >= 890
+    uint16 codes;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(codes) : "f"(high), "f"(low));
+    return codes;
+#else
+    return e4m3_code(low) | e4m3_code(high) << 8;
+#endif
+}
+// Its bits as those of a float16, whose exponents are biased by 8 more, are 2^-8 of the value, subnormals too.
+__device__ __forceinline__ float e4m3_value(uint32 code) {
+    half raised = {(uint16)((code & 0x80u) << 8 | (code & 0x7fu) << 7)};
+    return (code & 0x7fu) == 0x7fu ? nan_float() : to_float(raised) * 256;
+}
+
+template <typename T> __device__ __forceinline__ half as_half(T x) {
+    if constexpr (is_same<T, half>)
+        return x;
+    else
+        return from_float<half>(to_float(x));
+}
+
+// The codes of a head's values, and their scale, by a warp in accesses of `vector` values.
+template <int vector, typename T>
+__device__ __forceinline__ void encode_e4m3(const T *from, uint8 *codes, half *scale, int head_dim) {
+    int lane = threadIdx.x % 32;
+    uint32 largest = 0;  // magnitudes sort as integers do, NaN above all
+    for (int c = lane * vector; c < head_dim; c += 32 * vector) {
+        auto xs = *(const Vector<T, vector> *)(from + c);
+        for (int i = 0; i < vector; i++) largest = max(largest, as_half(xs[i]).bits & 0x7fffu);
+    }
+    for (int lanes = 1; lanes < 32; lanes *= 2) largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, lanes));
+    bool is_usable = largest > 0 && largest < 0x7c00u;
+    float exact = __fdiv_rn(to_float(half{(uint16)largest}), 448.0f);
+    float rounded = is_usable ? fminf(fmaxf(to_float(from_float<half>(exact)), 0x1p-14f), 146.125f) : 1.0f;
+    uint32 useless = largest ? 0x7fu : 0;  // the code of NaN or 0
+    for (int c = lane * vector; c < head_dim; c += 32 * vector) {
+        auto xs = *(const Vector<T, vector> *)(from + c);
+        Vector<uint8, vector> lane_codes;
+        for (int i = 0; i < vector; i += 2) {
+            float low = __fdiv_rn(to_float(as_half(xs[i])), rounded);
+            float high = i + 1 < vector ? __fdiv_rn(to_float(as_half(xs[(i + 1) % vector])), rounded) : 0.0f;
+            uint32 pair = e4m3_code_pair(low, high);
+            lane_codes[i] = (uint8)(is_usable ? pair : useless);
+            if (i + 1 < vector) lane_codes[(i + 1) % vector] = (uint8)(is_usable ? pair >> 8 : useless);
+        }
+        *(Vector<uint8, vector> *)(codes + c) = lane_codes;
+    }
+    if (lane == 0) *scale = is_usable ? from_float<half>(rounded) : half{(uint16)(largest ? 0x7fffu : 0u)};
+}
+template <int vector>
+__device__ __forceinline__ void decode_e4m3(const uint8 *codes, float scale, half *to, int head_dim) {
+    for (int c = threadIdx.x % 32 * vector; c < head_dim; c += 32 * vector) {
+        auto lane_codes = *(const Vector<uint8, vector> *)(codes + c);
+        Vector<half, vector> xs;
+        for (int i = 0; i < vector; i++) xs[i] = from_float<half>(e4m3_value(lane_codes[i]) * scale);
+        *(Vector<half, vector> *)(to + c) = xs;
+    }
+}
+
 // A lane's words: in one access where `aligned`, else in as many as the array's own type needs.
 template <bool aligned, typename Words, typename T> __device__ __forceinline__ Words load_words(const T *from) {
     if constexpr (aligned) return *(const Words *)from;
@@ -155,8 +224,64 @@ __device__ __forceinline__ CacheSpan cache_span(
     return {(first + moved) * token_values, (last + moved) * token_values};
 }
 
-// The lanes' shares of 8 values that cover a span: whole chunks, but for fp8 just what holds the values.
+// The lanes' shares of 8 values that cover a span: whole chunks, but for fp8 just what holds the values. (e4m3 goes by heads.)
 template <CacheKind kind> __device__ __forceinline__ CacheSpan lane_shares(const CacheSpan &span) {
     constexpr int64 unit = kind == fp8 ? lane_values : chunk_values;
     return {span.begin / unit * (unit / lane_values), (span.end + unit - 1) / unit * (unit / lane_values)};
+}
+
+// The place of a token among the flat tokens of a cache, or -1: outside of the capacity, or in no page that there is. Without a
+// block table row b is the only page of sequence b, and max_pages is 1.
+__device__ __forceinline__ int64 token_slot(
+    const int *block_table,  // [at least batch, max_pages] or null
+    int64 position, int b, int pages, int page_size, int max_pages) {
+    if (position < 0 || position >= (int64)max_pages * page_size) return -1;
+    if (!block_table) return (int64)b * page_size + position;
+    uint32 logical = (uint32)position / (uint32)page_size;
+    int page = block_table[(int64)b * max_pages + logical];
+    if (page < 0 || page >= pages) return -1;
+    return ((int64)page - logical) * page_size + position;
+}
+
+// A head's values into the cache, by a warp in accesses of `vector` values: `vector` > 1 says too that codes start at multiples
+// of 8 bytes. Values that are no float16 become one first.
+template <CacheKind kind, int vector, typename T>
+__device__ __forceinline__ void store_head(
+    const T *from,  // [head_dim]; q4, q8: whole chunks
+    void *cache,    // [heads of all tokens, head_dim] of T, or of codes
+    half *scales,   // [heads of all tokens, head_dim / 32], e4m3: [heads of all tokens]; dense, fp8: null
+    int64 head, int head_dim) {
+    int lane = threadIdx.x % 32;
+    int64 first = head * head_dim;
+    if constexpr (kind == e4m3) {
+        encode_e4m3<vector>(from, (uint8 *)cache + first, scales + head, head_dim);
+    } else if constexpr (kind == dense) {
+        for (int c = lane * vector; c < head_dim; c += 32 * vector)
+            *(Vector<T, vector> *)((T *)cache + first + c) = *(const Vector<T, vector> *)(from + c);
+    } else if constexpr (kind == fp8) {
+        for (int c = lane * vector; c < head_dim; c += 32 * vector) {
+            auto xs = *(const Vector<T, vector> *)(from + c);
+            Vector<uint8, vector> codes;
+            for (int i = 0; i < vector; i++) codes[i] = (uint8)(as_half(xs[i]).bits >> 8);
+            *(Vector<uint8, vector> *)((uint8 *)cache + first + c) = codes;
+        }
+    } else {
+        constexpr int code_bytes = 4 * cache_code_words<kind>;
+        for (int base = 0; base < head_dim; base += 32 * lane_values) {  // the lanes of a warp stay together
+            int c = base + lane * lane_values;
+            LaneValues values = {};
+            if (c < head_dim)
+                for (int v = 0; v < lane_values; v += vector) {
+                    auto xs = *(const Vector<T, vector> *)(from + c + v);
+                    for (int i = 0; i < vector; i++)
+                        values[(v + i) / 2] |= (uint32)as_half(xs[i]).bits << ((v + i) % 2 * 16);
+                }
+            LaneCodes<kind> codes;
+            half scale = encode_chunk<kind>(values, codes);
+            if (c < head_dim) {
+                store_words<(vector > 1)>((uint8 *)cache + (first + c) / lane_values * code_bytes, codes);
+                if (lane % 4 == 0) scales[(first + c) / group_values] = scale;
+            }
+        }
+    }
 }

@@ -17,41 +17,93 @@
 // 16-byte chunk c lies where chunk c ^ (r % 8) would ("128-byte swizzle", K-major). Adding 2 goes on by 16 columns.
 //   bits 0-13 address / 16, 16-29 unused where swizzled so, 32-45 bytes between groups of 8 rows / 16, 62-63 = 1: the swizzle
 __device__ __forceinline__ uint32 wgmma_descriptor(uint32 shared) { return 1u << 16 | (shared & 0x3ffff) >> 4; }
+// B^T [16, rows] in shared memory: column block c (64 columns, 128 bytes) of row r at c * block_bytes + 128 r, swizzled as
+// above ("MN-major": bits 16-29 are now the bytes between column blocks / 16). Adding 128 goes on by 16 rows.
+__device__ __forceinline__ uint32 wgmma_transposed_descriptor(uint32 shared, uint32 block_bytes) {
+    return block_bytes >> 4 << 16 | (shared & 0x3ffff) >> 4;
+}
 // The upper half is the same for all.
 __device__ __forceinline__ uint64 wgmma_descriptor_of(uint32 low) {
     return (uint64)(1u << 30 | 1024u >> 4) << 32 | low;
 }
 
-#define ACCUMULATORS_8(i)                                                                                       \
-    "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
-        "+f"(d[i + 7])
-#define PRODUCT(n, type, registers, a0, a1, a2, a3, b, ...)                                                           \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" registers "}, {%" #a0 ", %" #a1 \
-                 ", %" #a2 ", %" #a3 "}, %" #b ", 1, 1, 1, 0;"                                                        \
-        : __VA_ARGS__                                                                                                 \
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_descriptor))
-
+// The same with A from shared memory, K-major as B: rows 128 bytes apart, a warp's rows 16 after those of the warp before.
+// Where `accumulates` is false, D = A B^T: d need not hold anything.
+//
+// And with B^T as rows: B^T [16, rows] of 16-bit values as `wgmma_transposed_descriptor` says. d + first is what is added to.
+#define ACCUMULATORS_8(i)                                                                       \
+    "+f"(d[first + i]), "+f"(d[first + i + 1]), "+f"(d[first + i + 2]), "+f"(d[first + i + 3]), \
+        "+f"(d[first + i + 4]), "+f"(d[first + i + 5]), "+f"(d[first + i + 6]), "+f"(d[first + i + 7])
+#define ACCUMULATORS_16 ACCUMULATORS_8(0), ACCUMULATORS_8(8)
+#define ACCUMULATORS_32 ACCUMULATORS_16, ACCUMULATORS_8(16), ACCUMULATORS_8(24)
+#define ACCUMULATORS_64 ACCUMULATORS_32, ACCUMULATORS_8(32), ACCUMULATORS_8(40), ACCUMULATORS_8(48), ACCUMULATORS_8(56)
+#define ACCUMULATORS_128                                                                             \
+    ACCUMULATORS_64, ACCUMULATORS_8(64), ACCUMULATORS_8(72), ACCUMULATORS_8(80), ACCUMULATORS_8(88), \
+        ACCUMULATORS_8(96), ACCUMULATORS_8(104), ACCUMULATORS_8(112), ACCUMULATORS_8(120)
 #define REGISTERS_16 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
 #define REGISTERS_32 REGISTERS_16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
 #define REGISTERS_64                                                                                               \
     REGISTERS_32                                                                                                   \
     ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58" \
     ",%59,%60,%61,%62,%63"
-#define PRODUCTS(type)                                                                                             \
-    if constexpr (rows == 32)                                                                                      \
-        PRODUCT(32, type, REGISTERS_16, 16, 17, 18, 19, 20, ACCUMULATORS_8(0), ACCUMULATORS_8(8));                 \
-    else if constexpr (rows == 64)                                                                                 \
-        PRODUCT(                                                                                                   \
-            64, type, REGISTERS_32, 32, 33, 34, 35, 36, ACCUMULATORS_8(0), ACCUMULATORS_8(8), ACCUMULATORS_8(16),  \
-            ACCUMULATORS_8(24));                                                                                   \
-    else                                                                                                           \
-        PRODUCT(                                                                                                   \
-            128, type, REGISTERS_64, 64, 65, 66, 67, 68, ACCUMULATORS_8(0), ACCUMULATORS_8(8), ACCUMULATORS_8(16), \
-            ACCUMULATORS_8(24), ACCUMULATORS_8(32), ACCUMULATORS_8(40), ACCUMULATORS_8(48), ACCUMULATORS_8(56));
+#define REGISTERS_128                                                                                                 \
+    REGISTERS_64                                                                                                      \
+    ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%"  \
+    "91,%92,%93,%94,%95,%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%" \
+    "115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
+#define PRODUCT(n, type, registers, operands, ...)                                                             \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" registers "}, " operands \
+        : __VA_ARGS__                                                                                          \
+        : INPUTS)
+
+// A in registers: its four and B's descriptor follow the accumulators; 1: add, 1, 1: no sign changes, then whether B is B^T.
+#define INPUTS "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_descriptor)
+#define PRODUCTS(type, is_transposed)                                                                                \
+    if constexpr (rows == 32)                                                                                        \
+        PRODUCT(32, type, REGISTERS_16, "{%16, %17, %18, %19}, %20, 1, 1, 1, " is_transposed ";", ACCUMULATORS_16);  \
+    else if constexpr (rows == 64)                                                                                   \
+        PRODUCT(64, type, REGISTERS_32, "{%32, %33, %34, %35}, %36, 1, 1, 1, " is_transposed ";", ACCUMULATORS_32);  \
+    else if constexpr (rows == 128)                                                                                  \
+        PRODUCT(128, type, REGISTERS_64, "{%64, %65, %66, %67}, %68, 1, 1, 1, " is_transposed ";", ACCUMULATORS_64); \
+    else                                                                                                             \
+        PRODUCT(                                                                                                     \
+            256, type, REGISTERS_128, "{%128, %129, %130, %131}, %132, 1, 1, 1, " is_transposed ";",                 \
+            ACCUMULATORS_128);
 
 template <typename T, int rows>
 __device__ __forceinline__ void wgmma_add(float (&d)[rows / 2], const uint32 (&a)[4], uint64 b_descriptor) {
-    static_assert(rows == 32 || rows == 64 || rows == 128, "sizes written out above");
+    static_assert(rows == 32 || rows == 64 || rows == 128 || rows == 256, "sizes written out above");
+    constexpr int first = 0;
+    if constexpr (is_same<T, half>) {
+        PRODUCTS("f16", "0")
+    } else {
+        PRODUCTS("bf16", "0")
+    }
+}
+template <typename T, int rows, int first = 0, int size>
+__device__ __forceinline__ void wgmma_add_transposed(float (&d)[size], const uint32 (&a)[4], uint64 b_descriptor) {
+    static_assert(rows == 32 || rows == 64 || rows == 128 || rows == 256, "sizes written out above");
+    static_assert(first + rows / 2 <= size, "within d");
+    if constexpr (is_same<T, half>) {
+        PRODUCTS("f16", "1")
+    } else {
+        PRODUCTS("bf16", "1")
+    }
+}
+#undef PRODUCTS
+#undef INPUTS
+
+#define INPUTS "l"(a_descriptor), "l"(b_descriptor), "n"(int(accumulates))
+#define PRODUCTS(type)                                                                  \
+    if constexpr (rows == 64)                                                           \
+        PRODUCT(64, type, REGISTERS_32, "%32, %33, %34, 1, 1, 0, 0;", ACCUMULATORS_32); \
+    else                                                                                \
+        PRODUCT(128, type, REGISTERS_64, "%64, %65, %66, 1, 1, 0, 0;", ACCUMULATORS_64);
+
+template <typename T, int rows, bool accumulates>
+__device__ __forceinline__ void wgmma_shared(float (&d)[rows / 2], uint64 a_descriptor, uint64 b_descriptor) {
+    static_assert(rows == 64 || rows == 128, "sizes written out above");
+    constexpr int first = 0;
     if constexpr (is_same<T, half>) {
         PRODUCTS("f16")
     } else {
@@ -59,11 +111,23 @@ __device__ __forceinline__ void wgmma_add(float (&d)[rows / 2], const uint32 (&a
     }
 }
 #undef PRODUCTS
+#undef INPUTS
+#undef PRODUCT
+#undef REGISTERS_128
 #undef REGISTERS_64
 #undef REGISTERS_32
 #undef REGISTERS_16
-#undef PRODUCT
+#undef ACCUMULATORS_128
+#undef ACCUMULATORS_64
+#undef ACCUMULATORS_32
+#undef ACCUMULATORS_16
 #undef ACCUMULATORS_8
+
+// Computed by now, and used no earlier than here: the compiler moves neither across a wait for products.
+template <int size> __device__ __forceinline__ void settled(float (&d)[size]) {
+#pragma unroll
+    for (int i = 0; i < size; i++) asm volatile("" : "+f"(d[i])::"memory");
+}
 
 // Before the first product, and after anything else has written registers that the next ones use.
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -120,6 +184,11 @@ __device__ __forceinline__ void named_barrier(int id, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// Come to a named barrier without waiting at it.
+__device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
 // What another thread block has counted, and all that it wrote before.
 __device__ __forceinline__ uint32 load_acquire(const uint32 *p) {
     uint32 v;
@@ -127,7 +196,7 @@ __device__ __forceinline__ uint32 load_acquire(const uint32 *p) {
     return v;
 }
 
-// --- reading shared memory ---
+// --- reading and writing shared memory ---
 
 __device__ __forceinline__ uint4 load_shared_16(uint32 shared) {
     uint4 v;
@@ -146,6 +215,14 @@ __device__ __forceinline__ uint32 load_shared_4(uint32 shared) {
     uint32 v;
     asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(shared) : "memory");
     return v;
+}
+
+__device__ __forceinline__ void store_shared_16(uint32 shared, uint4 v) {
+    asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(shared), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+        : "memory");
+}
+__device__ __forceinline__ void store_shared_4(uint32 shared, uint32 v) {
+    asm volatile("st.shared.u32 [%0], %1;" ::"r"(shared), "r"(v) : "memory");
 }
 
 // The same value, of which the compiler no longer knows where it comes from, so that it does not compute it again.
@@ -175,8 +252,37 @@ __device__ __forceinline__ void copy_bulk(uint32 shared, const void *global, uin
         "l"(__cvta_generic_to_global(global)), "r"(bytes), "r"(barrier)
         : "memory");
 }
+// What cuTensorMapEncodeTiled makes of an array: opaque, a kernel parameter (const __grid_constant__) that must lie at a multiple
+// of 64 bytes, which _tensor_maps.py sees to: alignas(64) would move the parameter to where no caller can know.
+struct TensorMap {
+    uint64 words[16];
+};
+__device__ __forceinline__ void prefetch_tensor_map(const TensorMap *map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+// The box of an array at these coordinates, innermost first. What lies outside of the array becomes zeros; the barrier is told
+// of the bytes of the whole box in any case.
+__device__ __forceinline__ void copy_box(uint32 shared, const TensorMap *map, int x, int y, int z, uint32 barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], "
+        "[%5];" ::"r"(shared),
+        "l"(map), "r"(x), "r"(y), "r"(z), "r"(barrier)
+        : "memory");
+}
+__device__ __forceinline__ void copy_box(
+    uint32 shared, const TensorMap *map, int x, int y, int z, int u, uint32 barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, "
+        "%5}], "
+        "[%6];" ::"r"(shared),
+        "l"(map), "r"(x), "r"(y), "r"(z), "r"(u), "r"(barrier)
+        : "memory");
+}
 // What ordinary stores have written may now be read by bulk copies and by wgmma.
 __device__ __forceinline__ void fence_bulk() { asm volatile("fence.proxy.async;" ::: "memory"); }
+
+// The same of shared memory alone, and much faster.
+__device__ __forceinline__ void fence_bulk_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // --- registers ---
 //

@@ -1,10 +1,11 @@
-"""Keys and values of a cache in 8 or 4 bits: the bytes of exllamav2's FP8, Q4, Q6 and Q8 caches.
+"""Keys and values of a cache in 8 or 4 bits: the bytes of exllamav2's FP8, Q4, Q6 and Q8 caches, and a scaled float8.
 
 A tensor is float16 [batch, seq, kv_heads, head_dim] (paged: [pages, page_size, kv_heads, head_dim]) and is stored flat:
 e below counts its values in C order.
 
     kind   codes, uint8                                             scales, float16    bits a value
     fp8    byte e = upper byte of value e                           none               8
+    e4m3   byte e = code of value e                                 [e // head_dim]    8 + 16 / head_dim
     q8     byte e = code of value e                                 [e // 32]          8.5
     q4     nibble e % 2 (0 = low) of byte e // 2 = code of value e  [e // 32]          4.5
 
@@ -12,6 +13,17 @@ exllamav2's Q6 cache is q8 for keys and q4 for values.
 
 fp8 cuts float16 to its sign, 5 exponent bits and upper 2 of 10 mantissa bits: toward zero, no scale, nothing saturates. Inf
 stays Inf; a NaN whose upper 2 mantissa bits are 0 comes back as Inf.
+
+e4m3 keeps one scale for the head_dim values of a token's head, and each value as a float8 (sign, 4 bits of exponent, 3 of
+mantissa, largest 448):
+
+    encode  a = max |x|    no rounding
+            scale = a / 448 rounded to float16, then at least 2^-14 (no subnormals: they have few digits) and at most 146.125
+                           (the next is 146.25, and 448 times that is beyond float16); 0 where a is 0
+            code  = x / scale rounded to float32, then to the nearest float8, ties to even, saturating at 448
+    decode  x = code * scale, rounded once to float16
+
+Where a is 0 the codes are 0. An Inf or NaN makes the scale NaN (0x7fff) and the head's codes 0x7f: the whole head is NaN.
 
 q4 (L = 8) and q8 (L = 128) work on chunks of 64 values, e // 64. Every step below is one rounding to float16:
 
@@ -29,12 +41,15 @@ Where a is 0 the codes are 0, as of any t / a that is NaN, and decode to 0. A Na
 scale NaN and so all 32 values (exllamav2 leaves NaN out of the maximum, which hides it); NaN is stored and returned as
 0x7fff, CUDA's own. t may grow to 32 times the largest value: magnitudes from 2048 on may overflow to Inf, as in exllamav2.
 
-Source: exllamav2 (cache.cu), and its recorded outputs, which this reproduces to the bit.
+Source: exllamav2 (cache.cu), and its recorded outputs, which this reproduces to the bit; e4m3 is the FP8 of arXiv 2209.05433.
 """
 
+import math
+
+import ml_dtypes
 import numpy as np
 
-KINDS = ("fp8", "q4", "q8")
+KINDS = ("fp8", "q4", "q8", "e4m3")
 
 CHUNK = 64
 """Values that are encoded together."""
@@ -42,7 +57,15 @@ CHUNK = 64
 GROUP = 32
 """Values that share a scale."""
 
+LARGEST_E4M3 = 448.0
+"""The largest float8 of kind e4m3."""
+
+LEAST_SCALE, MOST_SCALE = 2.0**-14, 146.125
+"""Bounds of the scales of kind e4m3, but for 0."""
+
 _LEVELS = {"q4": 8, "q8": 128}
+_E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
+_E4M3_NAN = 0x7F
 _NAN = np.array(0x7FFF, np.uint16).view(np.float16)
 
 # Values per pass: temporaries stay in the L2 cache of one core.
@@ -62,14 +85,16 @@ def code_shape(shape: tuple[int, ...], kind: str) -> tuple[int, ...]:
 def scale_shape(shape: tuple[int, ...], kind: str) -> tuple[int, ...] | None:
     """Shape of the scales of a tensor of that shape; None for fp8, which has none."""
     _check_kind(kind)
+    if kind == "e4m3":
+        return (*shape[:-1], 1)
     return None if kind == "fp8" else (*shape[:-1], shape[-1] // GROUP)
 
 
 def encode(x: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray | None]:
     """Codes and scales of float16 values, both flat: uint8 [n or n/2], float16 [n/32] or None for fp8.
 
-    x may have any shape; for q4 and q8 its n values must fill whole chunks of 64. ValueError or TypeError says what is
-    wrong. The argument is not changed.
+    x may have any shape; for q4 and q8 its n values must fill whole chunks of 64. For e4m3 its last dimension is head_dim, and
+    the scales are [n / head_dim]. ValueError or TypeError says what is wrong. The argument is not changed.
 
     >>> x = ((37 * np.arange(64) % 101 - 50) / 16).astype(np.float16)
     >>> codes, scales = encode(x, "q4")
@@ -77,9 +102,12 @@ def encode(x: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray | None]:
     ('79 97 9b 0e a4 86 8a 86', np.True_)
     """
     _check_kind(kind)
-    x = np.ascontiguousarray(x).reshape(-1)
     if x.dtype != np.float16:
         raise TypeError(f"x: dtype {x.dtype}, expected float16; convert it first")
+    x = np.ascontiguousarray(x)
+    if kind == "e4m3":
+        return _encode_e4m3(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]))
+    x = x.reshape(-1)
     if kind == "fp8":
         return (x.view(np.uint16) >> 8).astype(np.uint8), None
     if x.size % CHUNK:
@@ -92,6 +120,24 @@ def encode(x: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray | None]:
         bytes_ = slice(start // values_per_byte, end // values_per_byte)
         codes[bytes_], scales[start // GROUP : end // GROUP] = _encode_part(x[start:end], kind)
     return codes, scales
+
+
+@np.errstate(divide="ignore", invalid="ignore")
+def _encode_e4m3(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    codes, scales = np.empty(x.shape, np.uint8), np.zeros((len(x), 1), np.float16)
+    step = max(1, _PASS_VALUES // max(1, x.shape[1]))
+    for start in range(0, len(x) if x.size else 0, step):
+        part = x[start : start + step].astype(np.float32)
+        largest = np.max(np.abs(part), axis=1, keepdims=True)
+        scale = (largest / np.float32(LARGEST_E4M3)).astype(np.float16)
+        scale = np.clip(scale, np.float16(LEAST_SCALE), np.float16(MOST_SCALE))
+        scale = np.where(largest == 0, np.float16(0), np.where(np.isfinite(largest), scale, _NAN))
+        quotients = np.clip(part / scale.astype(np.float32), np.float32(-LARGEST_E4M3), np.float32(LARGEST_E4M3))
+        codes[start : start + step] = np.where(
+            scale > 0, quotients.astype(_E4M3).view(np.uint8), np.where(scale == 0, np.uint8(0), np.uint8(_E4M3_NAN))
+        )
+        scales[start : start + step] = scale
+    return codes.reshape(-1), scales.reshape(-1)
 
 
 @np.errstate(over="ignore", divide="ignore", invalid="ignore")
@@ -123,13 +169,18 @@ def decode(codes: np.ndarray, scales: np.ndarray | None, kind: str) -> np.ndarra
             raise ValueError('scales: given, but kind "fp8" has none; pass None')
         return (codes.astype(np.uint16) << 8).view(np.float16)
     size = codes.size * (2 if kind == "q4" else 1)
-    if size % CHUNK:
+    if kind != "e4m3" and size % CHUNK:
         raise ValueError(f"codes: {codes.size} bytes, expected a multiple of {codes.size * CHUNK // size}; pass whole chunks")
     if scales is None:
-        raise ValueError(f'scales: None, expected {size // GROUP} float16 values for kind "{kind}"')
+        count = "one for each head of" if kind == "e4m3" else size // GROUP
+        raise ValueError(f'scales: None, expected {count} float16 values for kind "{kind}"')
     scales = np.ascontiguousarray(scales).reshape(-1)
     if scales.dtype != np.float16:
         raise TypeError(f"scales: dtype {scales.dtype}, expected float16")
+    if kind == "e4m3":
+        if codes.size % max(1, scales.size) or (scales.size == 0 and codes.size):
+            raise ValueError(f"scales: {scales.size} values, expected one for each head of {codes.size} codes")
+        return _decode_e4m3(codes, scales)
     if scales.size != size // GROUP:
         raise ValueError(f"scales: {scales.size} values, expected {size // GROUP} for {size} codes")
     x = np.empty(size, np.float16)
@@ -139,6 +190,17 @@ def decode(codes: np.ndarray, scales: np.ndarray | None, kind: str) -> np.ndarra
         bytes_ = slice(start // values_per_byte, end // values_per_byte)
         x[start:end] = _decode_part(codes[bytes_], scales[start // GROUP : end // GROUP], kind)
     return x
+
+
+@np.errstate(over="ignore", invalid="ignore")
+def _decode_e4m3(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    x = np.empty((scales.size, codes.size // max(1, scales.size)), np.float16)
+    step = max(1, _PASS_VALUES // max(1, x.shape[1]))
+    values = np.arange(256, dtype=np.uint8).view(_E4M3).astype(np.float32)  # of every code
+    for start in range(0, len(x), step):
+        part = codes.reshape(x.shape)[start : start + step]
+        x[start : start + step] = values[part] * scales[start : start + step, None].astype(np.float32)
+    return _with_one_nan(x).reshape(-1)
 
 
 @np.errstate(over="ignore", invalid="ignore")

@@ -54,14 +54,16 @@ def generate(
     settings: SamplerSettings | None = None,
     stop_ids: Collection[int] = (),
     adapters: Any = None,
+    cache: str = "fp16",
     on_token: Callable[[int], Any] | None = None,
 ) -> Result:
     """Continue `prompt_ids` by up to `max_new_tokens` tokens.
 
     The whole prompt passes the model once; then every drawn token is fed back with the cache. A token of `stop_ids` ends the
     generation; on a GPU up to two further ones have been drawn by then, and are dropped. `adapters` are the LoRA adapters to
-    use, as `Model.forward` takes them. `on_token(token)` is called for each new token as soon as it is known. The same model,
-    prompt, adapters, settings and seed give the same tokens.
+    use, as `Model.forward` takes them; `cache` is what keys and values are kept in, a kind as `Model.new_cache` takes it.
+    `on_token(token)` is called for each new token as soon as it is known. The same model, prompt, adapters, cache, settings
+    and seed give the same tokens.
     ValueError / TypeError for an empty prompt, ids outside the vocabulary, and a prompt and max_new_tokens that do not fit
     the model's context together.
     """
@@ -86,7 +88,7 @@ def generate(
 
     start = time.perf_counter()
     first = last = start
-    drawn = (_forwarded if model.xp is np else _decoded)(model, prompt, max_new_tokens, settings, seed, adapters)
+    drawn = (_forwarded if model.xp is np else _decoded)(model, prompt, max_new_tokens, settings, seed, adapters, cache)
     with contextlib.closing(drawn):
         for step, token in enumerate(drawn):
             if token < 0:
@@ -103,22 +105,29 @@ def generate(
     return Result(tokens, prompt, stopped_by, seed, first - start, last - first, step + 1)
 
 
-def _forwarded(model: Any, prompt: list[int], count: int, settings: SamplerSettings, seed: int, adapters: Any) -> Tokens:
+def _forwarded(
+    model: Any, prompt: list[int], count: int, settings: SamplerSettings, seed: int, adapters: Any, cache_kind: str = "fp16"
+) -> Tokens:
     """`count` tokens, each drawn when it is asked for."""
     sampler = Sampler(settings, model.xp, model.config.vocab_size, capacity=len(prompt) + count, seed=seed)
     sampler.start([prompt])
-    cache = model.new_cache(batch=1, capacity=len(prompt) + count - 1)
+    # Models without adapters, or kinds of caches, need not know of them.
+    kind = {} if cache_kind == "fp16" else {"kind": cache_kind}
+    chosen = {} if adapters is None else {"adapters": adapters}
+    cache = model.new_cache(batch=1, capacity=len(prompt) + count - 1, **kind)
     ids = model.xp.asarray(np.array([prompt], np.int32))
-    chosen = {} if adapters is None else {"adapters": adapters}  # models without adapters need not know of them
     for _ in range(count):
         logits = model.forward(ids, cache, last_only=True, **chosen)[:, -1]
         ids = sampler.draw(model.xp.ascontiguousarray(logits))[:, None]
         yield int(ids[0, 0])
 
 
-def _decoded(model: Any, prompt: list[int], count: int, settings: SamplerSettings, seed: int, adapters: Any) -> Tokens:
+def _decoded(
+    model: Any, prompt: list[int], count: int, settings: SamplerSettings, seed: int, adapters: Any, cache_kind: str = "fp16"
+) -> Tokens:
     """`count` tokens of a Decoder, which draws ahead while one is looked at."""
-    decoder = model.decoder(max_len=len(prompt) + count - 1, settings=settings, seed=seed, adapters=adapters)
+    options = {"settings": settings, "seed": seed, "adapters": adapters, "cache": cache_kind}
+    decoder = model.decoder(max_len=len(prompt) + count - 1, **options)
     decoder.start([prompt])
     with contextlib.closing(decoder.stream(count)) as drawn:
         for tokens in drawn:

@@ -33,14 +33,16 @@ def perplexity(
     reference: Any = None,
     max_windows: int | None = None,
     batch: int = 8,
+    cache: str | None = None,
     on_windows: Callable[[int], Any] | None = None,
 ) -> Perplexity:
     """exp(mean of -log p(token | tokens before it in the window)) over non-overlapping windows of `ids`.
 
     Each window is a text of its own, of which tokens 1, 2, ... are predicted; a last window that is not full is dropped.
-    Log-probabilities are float64, computed on the host. `max_windows` stops early; `on_windows(count)` is called after
-    each batch. ValueError for a text shorter than a window, ids outside the vocabulary, a window longer than a model's
-    context, and a reference with another vocabulary.
+    Log-probabilities are float64, computed on the host. With `cache`, a kind as `Model.new_cache` takes it, the model is fed
+    token by token through such a cache, as when it generates; the reference never is. `max_windows` stops early;
+    `on_windows(count)` is called after each batch. ValueError for a text shorter than a window, ids outside the vocabulary, a
+    window longer than a model's context, and a reference with another vocabulary.
     """
     models = [model] if reference is None else [model, reference]
     vocab = model.config.vocab_size
@@ -67,9 +69,10 @@ def perplexity(
     losses, divergences, agreements = [], [], 0
     for begin in range(0, count, batch):
         part = windows[begin : begin + batch]
-        rows = [_host(m.forward(m.xp.asarray(part))) for m in models]
+        rows = [_host(m.forward(m.xp.asarray(part))) for m in models[1:]]
+        rows.insert(0, _token_by_token(model, part, cache) if cache else _host(model.forward(model.xp.asarray(part))))
         for index, targets in enumerate(part[:, 1:]):
-            log_p = log_softmax(rows[0][index, :-1])
+            log_p = log_softmax(rows[0][index, : window - 1])
             losses.append(-math.fsum(log_p[np.arange(window - 1), targets]))
             if not math.isfinite(losses[-1]):
                 raise ValueError(f"the model's logits in window {begin + index} are not finite: its weights are damaged")
@@ -95,6 +98,13 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     shifted = logits.astype(np.float64)
     shifted -= shifted.max(axis=-1, keepdims=True)
     return shifted - np.log(np.sum(np.exp(shifted), axis=-1, keepdims=True))
+
+
+def _token_by_token(model: Any, ids: np.ndarray, kind: str) -> np.ndarray:
+    """Logits of every position but the last, each of the tokens before it in a cache: float32 [batch, window - 1, vocab]."""
+    cache = model.new_cache(batch=len(ids), capacity=ids.shape[1] - 1, kind=kind)
+    tokens = model.xp.asarray(np.ascontiguousarray(ids.T))
+    return np.concatenate([_host(model.forward(column[:, None], cache)) for column in tokens[:-1]], axis=1)
 
 
 def _host(array: Any) -> np.ndarray:

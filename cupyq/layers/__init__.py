@@ -1,7 +1,7 @@
 """Plain objects over ops: the parts a decoder is made of. The same classes run on NumPy and on CuPy."""
 
 from cupyq.layers.attention import Attention, Step
-from cupyq.layers.cache import KVCache
+from cupyq.layers.cache import CACHE_KINDS, KVCache, PagedKVCache
 from cupyq.layers.decoder import DecoderLayer, ParallelDecoderLayer
 from cupyq.layers.linear import Linear
 from cupyq.layers.lora import Adapter, LoraWeights, Selection
@@ -12,6 +12,7 @@ from cupyq.layers.quant_linear import QuantLinear
 from cupyq.ops.qmatrix import QMatrix
 
 __all__ = [
+    "CACHE_KINDS",
     "MLP",
     "Adapter",
     "Attention",
@@ -22,6 +23,7 @@ __all__ = [
     "Linear",
     "LoraWeights",
     "MoE",
+    "PagedKVCache",
     "ParallelDecoderLayer",
     "QMatrix",
     "QuantLinear",

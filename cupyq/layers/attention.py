@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from cupyq._arrays import float16
 from cupyq.layers.joined import JoinedLinear, matrices_of
 from cupyq.ops.attention import attention
 from cupyq.ops.kv_append import kv_append
@@ -22,7 +23,7 @@ class Step:
     positions: Any
     """int32 [batch], of each row's first token."""
     cache: Any = None
-    """KVCache, or None where the tokens see each other only."""
+    """KVCache or PagedKVCache, or None where the tokens see each other only."""
     kv_lengths: Any = None
     """int32 [batch], keys after this step."""
     max_kv_length: int | None = None
@@ -38,8 +39,9 @@ class Attention:
     """o(softmax(cap(q . k * scale)) v), causal; heads share keys and values in groups.
 
     q, k, v, o are Linear layers; q_norm and k_norm are HeadNorms or None; `window`: how many positions a query sees, its
-    own included, or None; `rope_style`: "neox", "gptj" or None for no rotation. Where step's tables are narrower than
-    half of head_dim, the first columns of each head turn and the others stay.
+    own included, or None; `sinks`: float32 [heads], as ops.attention takes them, or None; `rope_style`: "neox", "gptj" or
+    None for no rotation. Where step's tables are narrower than half of head_dim, the first columns of each head turn and the
+    others stay. A cache may hold numbers or codes, in one piece or in pages; float32 goes into codes by way of float16.
     Quantized q, k and v are one product where there is a cache, and what follows it, RMSNorms of heads, rotation and
     appending, one launch.
     """
@@ -56,6 +58,7 @@ class Attention:
         scale,
         window=None,
         softcap=None,
+        sinks=None,
         q_norm=None,
         k_norm=None,
         rope_style="neox",
@@ -64,7 +67,7 @@ class Attention:
             raise ValueError(f'rope_style must be "neox", "gptj" or None, got {rope_style!r}')
         self.q, self.k, self.v, self.o = q, k, v, o
         self.layer, self.head_dim, self.scale, self.window, self.softcap = layer, head_dim, scale, window, softcap
-        self.q_norm, self.k_norm, self.rope_style = q_norm, k_norm, rope_style
+        self.sinks, self.q_norm, self.k_norm, self.rope_style = sinks, q_norm, k_norm, rope_style
         self._joined = JoinedLinear(q, k, v)
 
     def __call__(self, x, step, *, norm=None, residual=None):
@@ -72,17 +75,20 @@ class Attention:
 
         Writes this layer's part of step.cache, if there is one. norm: an InputNorm to be applied to x first.
         """
+        cache, block_table = step.cache, None
         joined = self._fused(step)
         if joined is not None:
-            q, k, v = self._project_and_append(x, step, joined, norm)
+            q = self._project_and_append(x, step, joined, norm)
         else:
             if norm is not None:
                 x = rms_norm(x, norm.weight, eps=norm.eps, dtype=norm.dtype)
             q, k, v = self.project(x, step)
-            if step.cache is not None:
-                k_cache, v_cache = step.cache.k[self.layer], step.cache.v[self.layer]
-                kv_append(k, v, k_cache, v_cache, step.positions)
-                k, v = k_cache, v_cache
+            if cache is not None:
+                if cache.is_narrower:
+                    q, k, v = (array.astype(float16) for array in (q, k, v))
+                kv_append(k, v, cache.k[self.layer], cache.v[self.layer], step.positions, block_table=cache.block_table)
+        if cache is not None:
+            k, v, block_table = cache.k[self.layer], cache.v[self.layer], cache.block_table
         mixed = attention(
             q,
             k,
@@ -90,10 +96,14 @@ class Attention:
             scale=self.scale,
             window=self.window,
             softcap=self.softcap,
+            sinks=self.sinks,
             kv_lengths=step.kv_lengths,
             max_kv_length=step.max_kv_length,
+            block_table=block_table,
             workspace=step.attention_workspace,
         )
+        if cache is not None and cache.is_narrower:
+            mixed = mixed.astype(cache.dtype)
         return self.output(mixed, step, residual)
 
     def _fused(self, step):
@@ -101,24 +111,24 @@ class Attention:
         norms = [norm for norm in (self.q_norm, self.k_norm) if norm is not None]
         is_known = all(norm.kind == "rms" and norm.bias is None for norm in norms)
         is_alike = len({(norm.eps, norm.weight.dtype) for norm in norms}) <= 1
-        if step.cache is None or not (is_known and is_alike):
+        if step.cache is None or step.cache.is_narrower or not (is_known and is_alike):
             return None
         return self._joined.matrix_for((self.q, self.k, self.v), step.adapters)
 
     def _project_and_append(self, x, step, joined, norm):
+        """q; k and v are in the cache."""
         self._check_tables(step)
-        k_cache, v_cache = step.cache.k[self.layer], step.cache.v[self.layer]
+        cache = step.cache
         heads = {"q_norm": self.q_norm, "k_norm": self.k_norm}
         head_norms = {name: head_norm.weight for name, head_norm in heads.items() if head_norm is not None}
         if head_norms:
             head_norms["eps"] = (self.q_norm or self.k_norm).eps
         tables = (None, None) if self.rope_style is None else (step.sin, step.cos)
         qkv = qmatmul(x, joined, before=norm, workspace=step.workspace)
-        q = qkv_append(
-            qkv, k_cache, v_cache, *tables, step.positions,
-            heads=self.q.n // self.head_dim, style=self.rope_style, **head_norms,
+        return qkv_append(
+            qkv, cache.k[self.layer], cache.v[self.layer], *tables, step.positions,
+            heads=self.q.n // self.head_dim, style=self.rope_style, block_table=cache.block_table, **head_norms,
         )  # fmt: skip
-        return q, k_cache, v_cache
 
     def project(self, x, step):
         """q [batch, seq, heads, head_dim] and k, v [batch, seq, kv_heads, head_dim] of x [batch, seq, hidden].

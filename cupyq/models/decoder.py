@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from cupyq.layers import PagedKVCache
 from cupyq.models.sampler import MAX_SEED, Sampler, SamplerSettings
+from cupyq.ops._common import is_checking
 from cupyq.ops.attention import kv_length_bucket
 
 
@@ -36,6 +38,7 @@ class Decoder:
         seed: int | None = None,
         adapters: Any = None,
         graph: bool = True,
+        cache: str | PagedKVCache = "fp16",
     ):
         settings = SamplerSettings() if settings is None else settings
         if not isinstance(settings, SamplerSettings):
@@ -45,14 +48,26 @@ class Decoder:
         self._adapters, self._selection = adapters, None
         self._graphs: dict[int, Any] = {}
         self._queue: Any = _Here() if model.xp is np else _OwnStream(model.xp, model.embedding.device.id)
-        self._uses_graphs = bool(graph) and self._queue.has_graphs
+        # What CUPYQ_CHECK=1 reads back from the GPU cannot be part of a graph.
+        self._uses_graphs = bool(graph) and self._queue.has_graphs and not is_checking()
+        if isinstance(cache, str):
+            model.prepare_cache(cache)  # here: what compiling needs is not of the decoder's memory
         with self._queue.entered():
-            self._cache = model.new_cache(batch, max_len)
-            self.capacity = self._cache.capacity
+            self._cache = self._make_cache(cache, max_len)
+            self.capacity = self._cache.capacity if max_len is None else int(max_len)
             # The last token drawn is never fed: a text may be one token longer than the cache.
             sizes = {"batch": batch, "capacity": self.capacity + 1}
             self._sampler = Sampler(settings, model.xp, model.config.vocab_size, seed=self.seed, **sizes)
         self.reset()
+
+    def _make_cache(self, cache: Any, max_len: int | None) -> Any:
+        if not isinstance(cache, PagedKVCache):
+            return self.model.new_cache(self.batch, max_len, cache)
+        self.model.check_cache(cache, self.batch)
+        cache.reset()
+        for row in range(self.batch):  # all that a text may need: where a step writes is not to be asked of the host
+            cache.reserve(row, cache.capacity if max_len is None else max_len)
+        return cache
 
     def reset(self) -> None:
         """Forget the texts; memory and graphs stay."""
@@ -95,8 +110,8 @@ class Decoder:
     def _forward(self, rows: list[Any]) -> Any:
         """Logits after the prompts, [batch, vocab], whose keys and values are put into the cache."""
         model, adapters = self.model, self._adapters
+        self._cache.reset()
         if len({row.shape[1] for row in rows}) == 1:
-            self._cache.reset()
             logits = model.forward(_stacked(model.xp, rows), self._cache, last_only=True, adapters=adapters)
         else:
             choices = adapters if isinstance(adapters, list) else [adapters] * self.batch

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cupyq._arrays import float32, is_cupy
-from cupyq.layers import DecoderLayer, KVCache, Linear, RMSNorm, Step
+from cupyq.layers import DecoderLayer, KVCache, Linear, PagedKVCache, RMSNorm, Step
+from cupyq.layers.cache import check_cache_kind
 from cupyq.layers.lora import Selection
 from cupyq.models.adapters import AdapterTable
 from cupyq.models.config import ModelConfig
@@ -60,6 +61,7 @@ class Model:
         self.parameters = parameters
         """Weights of the whole model; tied ones count once."""
         self._adapters = AdapterTable(xp, dtype)
+        self._compiled_caches = {"fp16"}  # kinds whose kernels are compiled; `load_model` sees to the first
         self._embedding_scale = config.hidden_size**0.5 if config.architecture.scales_embedding else 1.0
 
     @property
@@ -128,22 +130,54 @@ class Model:
 
     # --- running it ---
 
-    def new_cache(self, batch: int = 1, capacity: int | None = None) -> KVCache:
-        """An empty cache for `batch` rows of up to `capacity` tokens (default: the model's max_seq_len)."""
+    def new_cache(self, batch: int = 1, capacity: int | None = None, kind: str = "fp16") -> KVCache:
+        """An empty cache for `batch` rows of up to `capacity` tokens (default: the model's max_seq_len).
+
+        kind: "fp16", which stands for the model's own dtype, or codes: "fp8", "e4m3", "q4", "q6", "q8" (see `KVCache`). On
+        a GPU the first cache of a kind compiles its kernels. UnsupportedError for a kind that cannot hold this head_dim.
+        """
         limit = self.config.max_seq_len
         capacity = limit if capacity is None else capacity
         if isinstance(capacity, int) and capacity > limit:
             raise ValueError(f"capacity must be at most {limit}, the model's context, got {capacity}")
-        return KVCache(
-            self.xp,
-            batch=batch,
-            capacity=capacity,
-            layers=len(self.layers),
-            kv_heads=self.config.num_key_value_heads,
-            head_dim=self.config.head_dim,
-            dtype=self.dtype,
-            workspaces={name: self.xp.zeros(size, float32) for name, size in self._workspace_sizes.items() if size},
-        )
+        self.prepare_cache(kind)
+        return KVCache(self.xp, batch=batch, capacity=capacity, **self._cache_options(kind))
+
+    def new_paged_cache(
+        self, pages: int, batch: int = 1, max_pages: int | None = None, *, page_size: int = 256, kind: str = "fp16"
+    ) -> PagedKVCache:
+        """An empty cache of `pages` pages, which `batch` rows draw from, each up to `max_pages` of them.
+
+        max_pages: default, what the model's context takes. kind: as `new_cache` takes it. Rows of one batch may have
+        different lengths, and share the pages of a common beginning: see `PagedKVCache`.
+        """
+        limit = self.config.max_seq_len
+        if max_pages is None and isinstance(page_size, int) and page_size > 0:
+            max_pages = -(-limit // page_size)
+        self.prepare_cache(kind)
+        sizes = {"pages": pages, "batch": batch, "max_pages": max_pages, "page_size": page_size, "capacity": limit}
+        return PagedKVCache(self.xp, **sizes, **self._cache_options(kind))
+
+    def _cache_options(self, kind: str) -> dict[str, Any]:
+        return {
+            "layers": len(self.layers),
+            "kv_heads": self.config.num_key_value_heads,
+            "head_dim": self.config.head_dim,
+            "dtype": self.dtype,
+            "kind": kind,
+            "workspaces": {name: self.xp.zeros(size, float32) for name, size in self._workspace_sizes.items() if size},
+        }
+
+    def prepare_cache(self, kind: str) -> None:
+        """Compile the kernels of caches of this kind, if that is still to be done."""
+        check_cache_kind(kind)
+        if self.xp is not np and kind not in self._compiled_caches:
+            self._compiled_caches.add(kind)  # now, as finding the kernels takes a cache
+            try:
+                compile_kernels(self, cache=kind)
+            except BaseException:
+                self._compiled_caches.remove(kind)
+                raise
 
     @functools.cached_property
     def _workspace_sizes(self) -> dict[str, int]:
@@ -166,12 +200,15 @@ class Model:
         seed: int | None = None,
         adapters: Any = None,
         graph: bool = True,
+        cache: str | PagedKVCache = "fp16",
     ) -> Decoder:
         """Continues `batch` texts of up to `max_len` tokens (default: the model's max_seq_len), a step as one CUDA graph.
 
         settings: how tokens are drawn (default: SamplerSettings()); seed, or settings.seed, decides which (default: a new
         one): text b is drawn with seed + b. adapters: as `forward` takes them, for all steps. graph=False launches the
-        kernels of a step one by one, as NumPy models always run: the same bits, with more work for the host.
+        kernels of a step one by one, as NumPy models always run: the same bits, with more work for the host. cache: what keys
+        and values are kept in, a kind as `new_cache` takes it; or a PagedKVCache of `batch` rows, which the decoder then has
+        to itself.
 
             decoder = model.decoder(settings=SamplerSettings.greedy())
             first = decoder.start([prompt])  # int32 [1], on the GPU
@@ -179,14 +216,17 @@ class Model:
 
         Raises TypeError / ValueError for sizes, settings and adapters the model cannot take.
         """
-        return Decoder(self, batch, max_len, settings=settings, seed=seed, adapters=adapters, graph=graph)
+        return Decoder(self, batch, max_len, settings=settings, seed=seed, adapters=adapters, graph=graph, cache=cache)
 
-    def forward(self, ids: Any, cache: KVCache | None = None, *, last_only: bool = False, adapters: Any = None) -> Any:
+    def forward(
+        self, ids: Any, cache: KVCache | PagedKVCache | None = None, *, last_only: bool = False, adapters: Any = None
+    ) -> Any:
         """Logits, float32 [batch, seq, vocab_size]; seq is 1, the last position, with `last_only`.
 
         ids: whole numbers [batch, seq], or [seq] for one row; a list or a NumPy array, whose ids are checked here, or a
         CuPy array, whose ids are not (that would wait for the GPU): an id outside the vocabulary makes its row NaN.
-        cache: ids continue what it holds, and are added to it. Without one, ids are whole texts.
+        cache: ids continue what it holds, and are added to it; rows of a PagedKVCache may hold different numbers of tokens, and
+        get the pages they need. Without one, ids are whole texts.
         adapters: the LoRA adapters to use. One choice for all rows: None, a name, a tuple of names, or a dict of names and
         the weights of their deltas; or a list with one such choice for each row.
         Raises TypeError / ValueError for wrong ids, a cache of another model or batch, more ids than fit, and adapters that
@@ -202,15 +242,12 @@ class Model:
             positions = self.xp.zeros(batch, np.int32)
             step = Step(self.sin, self.cos, positions, adapters=selection)
             return self.logits(self.hidden(ids, step), step, last_only)
-        self._check_cache(cache, batch, seq)
-        length_before = cache.length
-        try:
+        self.check_cache(cache, batch)
+        cache.make_room(seq)
+        with cache.kept_on_error():
             return self._forward_in_chunks(ids, cache, last_only, selection)
-        except BaseException:
-            cache.truncate(length_before)
-            raise
 
-    def _forward_in_chunks(self, ids: Any, cache: KVCache, last_only: bool, selection: Selection | None) -> Any:
+    def _forward_in_chunks(self, ids: Any, cache: KVCache | PagedKVCache, last_only: bool, selection: Selection | None) -> Any:
         batch, seq = ids.shape
         if seq <= PREFILL_CHUNK:
             return self.logits(*self._append(ids, cache, selection), last_only)
@@ -222,7 +259,7 @@ class Model:
                 logits[:, begin:end] = self.logits(hidden, step, False)
         return self.logits(hidden, step, True) if logits is None else logits
 
-    def _append(self, ids: Any, cache: KVCache, selection: Selection | None) -> tuple[Any, Step]:
+    def _append(self, ids: Any, cache: KVCache | PagedKVCache, selection: Selection | None) -> tuple[Any, Step]:
         """Hidden states of new tokens, whose keys and values are added to the cache; and the step they made."""
         new = ids.shape[1]
         step = self.step(cache, new, cache.positions, cache.kv_lengths(new), cache.length + new, selection)
@@ -233,9 +270,15 @@ class Model:
     # --- its parts, for those who keep the books themselves: no checks, and on a GPU nothing that waits for it ---
 
     def step(
-        self, cache: KVCache, new: int, positions: Any, kv_lengths: Any, max_kv_length: int, selection: Selection | None
+        self,
+        cache: KVCache | PagedKVCache,
+        new: int,
+        positions: Any,
+        kv_lengths: Any,
+        max_kv_length: int,
+        selection: Selection | None,
     ) -> Step:
-        """The Step that adds `new` tokens to each row of a cache; the others are its fields."""
+        """The Step that adds `new` tokens to each row of a cache, which has room; the others are its fields."""
         # Beyond so many rows a product may want a larger workspace, and allocates it.
         workspaces = cache.workspaces if cache.batch * new <= FUSED_ROWS else {}
         return Step(self.sin, self.cos, positions, cache, kv_lengths, max_kv_length, selection, **workspaces)
@@ -288,16 +331,16 @@ class Model:
                 raise ValueError(f"ids: {ids[row, position]} at [{row}, {position}], expected 0 to {vocab - 1}")
         return self.xp.ascontiguousarray(self.xp.asarray(ids, np.int32))
 
-    def _check_cache(self, cache: KVCache, batch: int, seq: int) -> None:
-        if not isinstance(cache, KVCache):
+    def check_cache(self, cache: Any, batch: int) -> None:
+        """TypeError / ValueError unless `cache` is one for this model and a batch of so many rows."""
+        if not isinstance(cache, (KVCache, PagedKVCache)):
             raise TypeError(f"cache must be a KVCache, as model.new_cache() makes, got {type(cache).__name__}")
         wanted = (len(self.layers), self.config.num_key_value_heads, self.config.head_dim)
-        found = (len(cache.k), *cache.k[0].shape[2:])
-        if found != wanted or cache.xp is not self.xp or cache.k[0].dtype != self.dtype:
+        found = (cache.layers, cache.kv_heads, cache.head_dim)
+        if found != wanted or cache.xp is not self.xp or cache.dtype != self.dtype:
             raise ValueError(
                 f"cache is another model's: {found} layers, heads and head_dim in {cache.xp.__name__} "
-                f"{cache.k[0].dtype}; expected {wanted} in {self.xp.__name__} {self.dtype}; use its new_cache()"
+                f"{cache.dtype}; expected {wanted} in {self.xp.__name__} {self.dtype}; use its new_cache()"
             )
         if cache.batch != batch:
             raise ValueError(f"cache has {cache.batch} rows and ids {batch}: make one with new_cache(batch={batch})")
-        cache.check_room(seq)

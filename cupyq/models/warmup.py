@@ -12,9 +12,9 @@ _PROMPTS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 1025)
 _TEXTS = (1, 8, 16, 32, 64, 129)
 
 
-def compile_kernels(model: Any, adapters: Any = None) -> None:
+def compile_kernels(model: Any, adapters: Any = None, cache: str = "fp16") -> None:
     """Compile, in parallel, what prompts and decoding steps launch."""
-    compile_traced(trace_kernels(model, adapters))
+    compile_traced(trace_kernels(model, adapters, cache))
 
 
 def compile_traced(wanted: list[tuple[_kernels.Instance, str]]) -> None:
@@ -23,17 +23,20 @@ def compile_traced(wanted: list[tuple[_kernels.Instance, str]]) -> None:
         _kernels.compile_all([instance for instance, _ in wanted], wanted[0][1])
 
 
-def trace_kernels(model: Any, adapters: Any = None) -> list[tuple[_kernels.Instance, str]]:
-    """Each kernel that prompts and decoding steps launch, and its architecture: they are run with the launches left out."""
+def trace_kernels(model: Any, adapters: Any = None, cache: str = "fp16") -> list[tuple[_kernels.Instance, str]]:
+    """Each kernel that prompts and decoding steps launch, and its architecture: they are run with the launches left out.
+
+    cache: the kind of the cache for both.
+    """
     capacity = min(_PROMPTS[-1], model.config.max_seq_len)
     with _kernels.tracing() as wanted:
-        cache = model.new_cache(capacity=capacity)
+        kept = model.new_cache(capacity=capacity, kind=cache)
         for length in _shortened(_PROMPTS, capacity):
-            cache.reset()
-            model.forward(np.zeros(length, np.int32), cache, last_only=True, adapters=adapters)
+            kept.reset()
+            model.forward(np.zeros(length, np.int32), kept, last_only=True, adapters=adapters)
         for length in _shortened(_TEXTS, capacity):
             model.forward(np.zeros(length, np.int32), adapters=adapters)
-        decoder = model.decoder(max_len=capacity, adapters=adapters, graph=False)
+        decoder = model.decoder(max_len=capacity, adapters=adapters, graph=False, cache=cache)
         decoder.start([np.zeros(1, np.int32)])
         decoder.run(min(1, capacity - 1))
     return wanted

@@ -12,7 +12,15 @@ from cupyq.ops.elementwise import add, add_weighted
 from cupyq.ops.embedding import embedding
 from cupyq.ops.hadamard import hadamard, hadamard_matrix, paley_1, paley_2
 from cupyq.ops.kv_append import kv_append
-from cupyq.ops.kv_codec import decode_blocks, encode_blocks, kv_decode, kv_decode_paged, kv_encode, kv_encode_paged
+from cupyq.ops.kv_codec import (
+    CacheCodes,
+    decode_blocks,
+    encode_blocks,
+    kv_decode,
+    kv_decode_paged,
+    kv_encode,
+    kv_encode_paged,
+)
 from cupyq.ops.lora import lora, lora_workspace_size
 from cupyq.ops.matmul import gemm, matmul
 from cupyq.ops.norm import head_norm, layer_norm, rms_norm
@@ -38,6 +46,7 @@ from cupyq.ops.routing import combine_rows, group_rows, route
 from cupyq.ops.sampling import SamplerTable, sample, sample_workspace_size
 
 __all__ = [
+    "CacheCodes",
     "InputGate",
     "InputNorm",
     "JoinedQMatrix",

@@ -1,5 +1,8 @@
 """What several op families share."""
 
+import functools
+import os
+
 import numpy as np
 
 from cupyq._arrays import byte_bounds, check, require_cupy
@@ -32,6 +35,12 @@ def refuse_overlap(written, name, **inputs):
         start, end = byte_bounds(array)
         if start < high and low < end:
             raise ValueError(f"{name} overlaps {other}, which is still read: pass separate memory")
+
+
+@functools.cache
+def is_checking():
+    """Whether CUPYQ_CHECK=1 asks ops to read tables and lengths back from the GPU and refuse bad entries. Read once."""
+    return os.environ.get("CUPYQ_CHECK", "") not in ("", "0")
 
 
 def byte_workspace(workspace, size, like, size_name):

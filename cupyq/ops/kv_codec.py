@@ -4,29 +4,118 @@
 [pages, page_size, kv_heads, head_dim] with a block table that names the pages of each sequence.
 """
 
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
 
 from cupyq import _device
 from cupyq._arrays import accepts_dlpack, byte_bounds, check, float16, int32, namespace, output
 from cupyq._kernels import instance, launch
+from cupyq.errors import UnsupportedError
 from cupyq.formats import kv_cache
 from cupyq.formats.kv_cache import CHUNK, GROUP, KINDS
 from cupyq.ops._common import refuse_overlap
 
 _UINT8 = np.dtype(np.uint8)
+_CHUNKED = ("q4", "q8")  # kinds whose values are encoded by chunks of 64
 _MOST_GRID_Y = 65535
+
+
+@dataclass(frozen=True, eq=False)
+class CacheCodes:
+    """The keys or the values of a cache as codes: what attention and the appending ops take in place of an array.
+
+    kind "fp8", "e4m3", "q4" or "q8"; codes uint8, contiguous, of the cache's own shape [batch, capacity, kv_heads, head_dim] or
+    [pages, page_size, kv_heads, head_dim], for q4 half of that head_dim; scales float16, contiguous: for q4 and q8 of that
+    shape with head_dim / 32 in the last place, for e4m3 with 1, for fp8 None. `cupyq.formats.kv_cache` defines the bytes. The
+    arrays are not copied. Raises TypeError / ValueError for a wrong kind, dtype, shape or stride, UnsupportedError for a
+    head_dim that q4 and q8 cannot hold: their chunks of 64 values must not straddle heads.
+
+    >>> cache = CacheCodes.zeros(np, (1, 4, 2, 64), "q4")
+    >>> cache.codes.shape, cache.scales.shape, cache.shape, cache.nbytes
+    ((1, 4, 2, 32), (1, 4, 2, 2), (1, 4, 2, 64), 288)
+    """
+
+    kind: str
+    codes: Any
+    scales: Any = None
+
+    def __post_init__(self):
+        _check_kind(self.kind)
+        namespace(codes=self.codes, scales=self.scales)
+        check(self.codes, "codes", dtype=_UINT8, ndim=4)
+        _check_chunks_of_heads(self.kind, self.head_dim)
+        _check_scales(self.scales, self.kind, self.shape)
+
+    @classmethod
+    def zeros(cls, xp, shape, kind):
+        """A new cache of zeros for a tensor of that shape."""
+        _check_kind(kind)
+        _check_chunks_of_heads(kind, shape[-1])
+        scale_shape = kv_cache.scale_shape(shape, kind)
+        scales = None if scale_shape is None else xp.zeros(scale_shape, float16)
+        return cls(kind, xp.zeros(kv_cache.code_shape(shape, kind), _UINT8), scales)
+
+    def __getitem__(self, index):
+        """Rows (or pages) of the cache, by an index of its first dimension: a view of the same memory."""
+        if isinstance(index, (int, np.integer)):
+            index = slice(index, index + 1 or None)
+        if not isinstance(index, slice):
+            raise TypeError(f"an index of CacheCodes must be a whole number or a slice of rows, got {type(index).__name__}")
+        return CacheCodes(self.kind, self.codes[index], None if self.scales is None else self.scales[index])
+
+    @property
+    def head_dim(self):
+        return self.codes.shape[3] * (2 if self.kind == "q4" else 1)
+
+    @property
+    def shape(self):
+        """Of the values: [batch, capacity, kv_heads, head_dim] or [pages, page_size, kv_heads, head_dim]."""
+        return (*self.codes.shape[:3], self.head_dim)
+
+    @property
+    def xp(self):
+        """The library of the arrays, `numpy` or `cupy`."""
+        return namespace(codes=self.codes)
+
+    @property
+    def nbytes(self):
+        return self.codes.nbytes + (0 if self.scales is None else self.scales.nbytes)
+
+    @property
+    def dense(self):
+        """Everything decoded: a new array of float16 of this shape."""
+        x = self.xp.empty(self.shape, float16)
+        kv_decode(self.codes, self.scales, x, kind=self.kind, start=0, width=x.shape[1])
+        return x
+
+
+def cache_arrays(**caches):
+    """{name: array} of all arrays in caches, each an array, CacheCodes or None: for `namespace` and checks of overlaps.
+
+    >>> list(cache_arrays(k=np.zeros(1), v=CacheCodes.zeros(np, (1, 4, 2, 64), "q4")))
+    ['k', 'v.codes', 'v.scales']
+    """
+    arrays = {}
+    for name, cache in caches.items():
+        if isinstance(cache, CacheCodes):
+            arrays[f"{name}.codes"], arrays[f"{name}.scales"] = cache.codes, cache.scales
+        else:
+            arrays[name] = cache
+    return arrays
 
 
 @accepts_dlpack(writes=("codes", "scales"))
 def kv_encode(x, codes, scales, *, kind, start, width, rows=None):
     """codes, scales = encode(x) for tokens start to start + width of the first `rows` rows (default: all)
 
-    x float16 [batch, seq, kv_heads, head_dim]; kind "fp8", "q4" or "q8"; codes uint8 [batch, seq, kv_heads, head_dim], for q4
-    half of that head_dim; scales float16 [batch, seq, kv_heads, head_dim / 32], None for fp8. Both are written in place,
-    bit for bit as `cupyq.formats.kv_cache` defines, and None is returned.
+    x float16 [batch, seq, kv_heads, head_dim]; kind "fp8", "e4m3", "q4" or "q8"; codes uint8 [batch, seq, kv_heads, head_dim],
+    for q4 half of that head_dim; scales float16 [batch, seq, kv_heads, head_dim / 32], for e4m3 [batch, seq, kv_heads, 1], None
+    for fp8. Both are written in place, bit for bit as `cupyq.formats.kv_cache` defines, and None is returned.
 
-    q4 and q8 need head_dim to be a multiple of 32. Where kv_heads * head_dim is a multiple of 64 (fp8: always), nothing but
-    the tokens asked for is read or written. Otherwise the chunks of 64 values straddle tokens: as in exllamav2, the range
+    q4 and q8 need head_dim to be a multiple of 32. Where kv_heads * head_dim is a multiple of 64 (fp8, e4m3: always), nothing
+    but the tokens asked for is read or written. Otherwise the chunks of 64 values straddle tokens: as in exllamav2, the range
     is rounded outward to whole chunks of the flat tensor, a neighbouring token's half of a chunk is encoded again from x,
     and batch * seq must be even, so that the tensor holds whole chunks. Raises TypeError / ValueError for wrong dtypes,
     shapes, strides, ranges or overlapping arguments.
@@ -221,7 +310,7 @@ def decode_blocks_reference(codes, scales, kind):
 
 def _check_kind(kind):
     if kind not in KINDS:
-        raise ValueError(f'kind must be "fp8", "q4" or "q8", got {kind!r}')
+        raise ValueError(f'kind must be "fp8", "e4m3", "q4" or "q8", got {kind!r}')
 
 
 def _check_block_kind(kind):
@@ -236,11 +325,28 @@ def _check_whole_number(value, name, low, high):
         raise ValueError(f"{name} must be {low} to {high}, got {value}")
 
 
+def _check_chunks_of_heads(kind, head_dim):
+    if kind in _CHUNKED and head_dim % CHUNK:
+        raise UnsupportedError(
+            f"codes of {kind} need a head_dim that is a multiple of {CHUNK}, got {head_dim}: take kind e4m3 or fp8"
+        )
+
+
+def _check_scales(scales, kind, shape, writes=False):
+    if kind == "fp8":
+        if scales is not None:
+            raise ValueError("scales must be None for fp8, which has none")
+    elif scales is None:
+        raise ValueError(f"scales must be given for {kind}, got None")
+    else:
+        check(scales, "scales", dtype=float16, shape=kv_cache.scale_shape(shape, kind), writes=writes)
+
+
 def _check_cache(x, codes, scales, kind, writes):
     _check_kind(kind)
     check(x, "x", dtype=float16, ndim=4, writes="x" in writes)
     head_dim = x.shape[3]
-    if kind != "fp8":
+    if kind in _CHUNKED:
         if head_dim % GROUP:
             raise ValueError(
                 f"x must have a head_dim (last dimension) that is a multiple of {GROUP} for {kind}, got {head_dim}"
@@ -251,13 +357,7 @@ def _check_cache(x, codes, scales, kind, writes):
                 "dimensions even"
             )
     check(codes, "codes", dtype=_UINT8, shape=kv_cache.code_shape(x.shape, kind), writes="codes" in writes)
-    if kind == "fp8":
-        if scales is not None:
-            raise ValueError("scales must be None for fp8, which has none")
-    elif scales is None:
-        raise ValueError(f"scales must be given for {kind}, got None")
-    else:
-        check(scales, "scales", dtype=float16, shape=kv_cache.scale_shape(x.shape, kind), writes="scales" in writes)
+    _check_scales(scales, kind, x.shape, writes="scales" in writes)
 
 
 def _check_contiguous(x, codes, scales, kind, start, width, rows, writes):
@@ -305,7 +405,7 @@ def _refuse_overlaps(written, read):
 
 def _span(first, last, values, kind):
     """The flat values that tokens [first, last) of `values` values each need: for q4 and q8 whole chunks."""
-    unit = 1 if kind == "fp8" else CHUNK
+    unit = CHUNK if kind in _CHUNKED else 1
     return first * values // unit * unit, -(-last * values // unit) * unit
 
 
@@ -326,12 +426,16 @@ def _paged_spans(shape, kind, ranges, block_table):
 
 def _parts(codes, scales, kind, begin, end):
     bytes_ = slice(begin // 2, end // 2) if kind == "q4" else slice(begin, end)
-    return codes.reshape(-1)[bytes_], None if scales is None else scales.reshape(-1)[begin // GROUP : end // GROUP]
+    group = codes.shape[-1] if kind == "e4m3" else GROUP
+    return codes.reshape(-1)[bytes_], None if scales is None else scales.reshape(-1)[begin // group : end // group]
 
 
 def _encode_span(x, codes, scales, kind, span):
     to_codes, to_scales = _parts(codes, scales, kind, *span)
-    to_codes[...], encoded_scales = kv_cache.encode(x.reshape(-1)[slice(*span)], kind)
+    values = x.reshape(-1)[slice(*span)]
+    if kind == "e4m3":
+        values = values.reshape(-1, x.shape[-1])
+    to_codes[...], encoded_scales = kv_cache.encode(values, kind)
     if to_scales is not None:
         to_scales[...] = encoded_scales
 
@@ -347,7 +451,7 @@ def _launch_contiguous(name, arrays, shape, kind, start, width, rows):
     batch, seq, kv_heads, head_dim = shape
     values = kv_heads * head_dim
     grid = _grid(name, kind, width * values, rows)
-    numbers = (rows, 1, start, width, batch, seq, batch, values)
+    numbers = (rows, 1, start, width, batch, seq, batch, values, head_dim)
     _launch_codec(name, arrays, kind, grid, (None, None), numbers)
 
 
@@ -364,12 +468,12 @@ def _launch_paged(name, arrays, shape, kind, lengths, width, block_table):
         # Most pages of the table may be unused: enough blocks to fill the GPU, which stride over them.
         enough = 16 * _device.current().sm_count
         grid = (grid[0], max(1, min(grid[1], enough // grid[0])))
-    numbers = (batch, pieces, 0, width or 0, pages, page_size, max_pages, values)
+    numbers = (batch, pieces, 0, width or 0, pages, page_size, max_pages, values, head_dim)
     _launch_codec(name, arrays, kind, grid, (lengths, block_table), numbers)
 
 
 def _launch_blocks(name, arrays, size, kind):
-    numbers = (1, 1, 0, size // CHUNK, 1, size // CHUNK, 1, CHUNK)
+    numbers = (1, 1, 0, size // CHUNK, 1, size // CHUNK, 1, CHUNK, CHUNK)
     _launch_codec(name, arrays, kind, _grid(name, kind, size, 1), (None, None), numbers)
 
 
@@ -380,7 +484,7 @@ def _grid(name, kind, values, pieces):
 
 
 def _launch_codec(name, arrays, kind, grid, tables, numbers):
-    kernel = instance(name, kind, _is_aligned(*arrays))
+    kernel = instance(name, kind, _is_aligned(*arrays) and (kind != "e4m3" or numbers[-1] % 4 == 0))
     launch(kernel, grid, (256,), (*arrays, *tables, *map(np.int32, numbers)))
 
 

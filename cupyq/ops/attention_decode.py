@@ -1,0 +1,204 @@
+"""Attention of few queries: how the keys are shared out over the GPU, and the launch of attention_decode."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from cupyq import _device
+from cupyq._arrays import bfloat16, byte_bounds, float16, float32, require_cupy
+from cupyq._device import shared_bytes_limit
+from cupyq._kernels import instance
+from cupyq._kernels import launch as launch_kernel
+from cupyq.errors import UnsupportedError
+from cupyq.ops.kv_codec import CacheCodes
+
+_ROWS = 16  # of one mma tile
+_KEYS = 16  # of one warp's tile
+_COUNTERS = 1024  # at the start of the workspace: one per 16 rows of a kv head whose keys are shared out
+_SHARES_PER_SM = 4
+_MOST_PLANNED = 512  # sequences: every block looks at all lengths; with more of them none is split
+
+
+# --- choices ----------------------------------------------------------------------------------------------------------
+
+
+def supports(problem, k, v):
+    """Whether `launch` takes this call: codes need whole chunks of 64 values, and pages of two tokens."""
+    has_codes = isinstance(k, CacheCodes) or isinstance(v, CacheCodes)
+    return not has_codes or (problem.head_dim % 64 == 0 and (problem.page_size > 1 or not problem.is_paged))
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    warps: int
+    stages: int
+
+    def shared_bytes(self, head_dim, k_kind="dense", v_kind="dense"):
+        """K and V of every stage of every warp, or what the warps leave at the end; and the queries."""
+        padded = _padded(head_dim)
+        stage = _tile_bytes(k_kind, padded) + _tile_bytes(v_kind, padded)
+        part = 4 * (_ROWS * (padded + 8) + 2 * _ROWS)
+        return self.warps * max(self.stages * stage, part) + _ROWS * 2 * (padded + 8)
+
+
+def pick_decode_config(head_dim, arch, k_kind="dense", v_kind="dense"):
+    """Two blocks a multiprocessor where they fit: one starts, and asks for its keys, while the other ends."""
+    is_dense = k_kind == v_kind == "dense"
+    choices = [(4, 4)] * (not is_dense) + [(4, 3), (4, 2), (2, 2), (1, 2)]
+    configs = [DecodeConfig(*choice) for choice in choices]
+    limit = shared_bytes_limit(arch)
+    return next(config for config in configs if config.shared_bytes(head_dim, k_kind, v_kind) <= limit)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How many blocks a launch has, and how the kernel shares out the keys: by the shapes and max_kv_length alone."""
+
+    blocks: int
+    target: int  # shares in all, about; 0: no sequence is split
+    least_tiles: int  # of a share
+    part_rows: int
+    parts: int  # shares that may leave something behind: 0 where none is split
+    counters: int
+
+    def part_floats(self, head_dim):
+        """Of one share: the sums, then top and sum of weights of each row, to a multiple of 16 bytes."""
+        return self.part_rows * head_dim + -(-2 * self.part_rows // 4) * 4
+
+
+def plan_shares(problem, sm_count, shares_per_sm=_SHARES_PER_SM, least_tiles=None):
+    """The Plan of a call. The bits depend on `target` and `least_tiles`, so neither depends on max_kv_length.
+
+    However the lengths are, at most `target` shares come in addition to one per item (16 rows of a kv head), and fewer than
+    twice as many belong to items that are split.
+    """
+    rows = problem.most_queries * problem.group
+    if problem.query_starts is None or problem.batch > _MOST_PLANNED:
+        row_tiles = problem.batch * -(-rows // _ROWS)
+    else:
+        row_tiles = rows // _ROWS + problem.batch
+    items = row_tiles * problem.kv_heads
+    part_rows = min(rows, _ROWS)
+    # What a share leaves behind grows with its rows: 16 rows want longer shares than 4.
+    least_tiles = least_tiles or max(4, part_rows // 2)
+    target = _target(sm_count, shares_per_sm) if problem.batch <= _MOST_PLANNED else 0
+    seen = problem.max_kv_length
+    capacity = problem.capacity
+    if problem.window is not None:  # keys that all queries of a sequence see
+        seen, capacity = (min(keys, problem.most_queries + problem.window - 1) for keys in (seen, capacity))
+    blocks = items + min(target, items * (_most_splits(seen, least_tiles) - 1))
+    splits = _most_splits(capacity, least_tiles)
+    if target == 0 or splits == 1:
+        return Plan(blocks, target, least_tiles, part_rows, 0, 0)
+    return Plan(blocks, target, least_tiles, part_rows, min(2 * target, items * splits), min(items, target))
+
+
+def _target(sm_count, shares_per_sm=_SHARES_PER_SM):
+    return min(shares_per_sm * sm_count, _COUNTERS)
+
+
+def _most_splits(keys, least_tiles):
+    """How many shares so many keys may become; they may begin inside of a tile."""
+    tiles = (keys + _KEYS - 2) // _KEYS + 1
+    return max(1, -(-tiles // least_tiles))
+
+
+def attention_workspace_size(head_dim, *, sm_count=None):
+    """How many floats of workspace any attention() call with this head_dim may need, whatever its other sizes.
+
+    sm_count, the GPU's number of multiprocessors, defaults to the current GPU's; without one the result is 0, as the
+    NumPy path needs no workspace.
+
+    >>> attention_workspace_size(128, sm_count=132)
+    2197504
+    """
+    if sm_count is None:
+        sm_count = _device.current().sm_count if _device.count() else 0
+    return sm_count and _COUNTERS + 2 * _target(sm_count) * _ROWS * (head_dim + 2)
+
+
+def _padded(head_dim):
+    return -(-head_dim // 16) * 16
+
+
+def _tile_bytes(kind, padded):
+    """TileLayout of cu/attention_decode.cu."""
+    row_bytes = 2 * (padded + 8) if kind == "dense" else padded // 2 if kind == "q4" else padded
+    scale_words = padded // 64 if kind in ("q4", "q8") else int(kind == "e4m3")
+    return _KEYS * (row_bytes + 4 * scale_words)
+
+
+# --- launching --------------------------------------------------------------------------------------------------------
+
+
+def launch(problem, q, k, v, out, workspace, *, config=None, plan=None, ahead_tiles=2):
+    """attention_decode of a checked call, for any number of queries. `workspace` as attention() takes it, or None.
+
+    ahead_tiles: how many tiles of each warp come into L2 while the kernel before still works; nothing but time depends on it.
+    """
+    if not supports(problem, k, v):
+        raise UnsupportedError(
+            f"attention of few queries takes codes with a head_dim that is a multiple of 64 and pages of at least 2 tokens, "
+            f"got {problem.head_dim} and {problem.page_size}: decode the cache first"
+        )
+    device = _device.current()
+    config = config or pick_decode_config(problem.head_dim, device.arch, _kind(k), _kind(v))
+    plan = plan or plan_shares(problem, device.sm_count)
+    parts, arrived = _parts(q, plan, problem.head_dim, workspace) if plan.parts else (None, None)
+    arguments = (
+        q,
+        *_values_and_scales(k),
+        *_values_and_scales(v),
+        *(problem.kv_lengths, problem.block_table, problem.query_starts, problem.sinks),
+        out,
+        parts,
+        arrived,
+        *map(np.int32, (problem.batch, problem.most_queries, problem.heads, problem.kv_heads, problem.head_dim)),
+        np.int32(problem.capacity),
+        np.int32(problem.page_size.bit_length() - 1 if problem.is_paged else 0),
+        *map(np.int32, (problem.max_pages, problem.pages, problem.causal, problem.kernel_window)),
+        *map(np.float32, (problem.scale, problem.kernel_softcap)),
+        *map(np.int32, (plan.target, plan.least_tiles, plan.part_rows, ahead_tiles)),
+    )
+    shared = config.shared_bytes(problem.head_dim, _kind(k), _kind(v))
+    wanted = _decode_instance(q.dtype, problem.head_dim, config, _kind(k), _kind(v))
+    launch_kernel(wanted, (plan.blocks,), (32 * config.warps,), arguments, shared)
+
+
+def _parts(q, plan, head_dim, workspace):
+    """What shares of the keys leave behind, and the counters of those that have."""
+    size = plan.parts * plan.part_floats(head_dim)
+    if workspace is None:
+        xp = require_cupy()
+        return xp.empty(size, float32), xp.zeros(plan.counters, np.uint32)
+    if workspace.size < _COUNTERS + size:
+        raise ValueError(
+            f"workspace must have at least {_COUNTERS + size} floats, got {workspace.size}: see attention_workspace_size"
+        )
+    if byte_bounds(workspace)[0] % 16:
+        raise ValueError("workspace must begin at a multiple of 16 bytes: pass a whole array, not a slice from its middle")
+    return workspace[_COUNTERS:], workspace[:_COUNTERS]
+
+
+def _kind(array):
+    return array.kind if isinstance(array, CacheCodes) else "dense"
+
+
+def _values_and_scales(array):
+    return (array.codes, array.scales) if isinstance(array, CacheCodes) else (array, None)
+
+
+def _decode_instance(dtype, head_dim, config, k_kind="dense", v_kind="dense"):
+    return instance("attention_decode", dtype, _padded(head_dim), k_kind, v_kind, config.warps, config.stages)
+
+
+def _instances(arch):
+    for dtype in (float16, bfloat16):
+        for head_dim in (64, 128):
+            yield _decode_instance(dtype, head_dim, pick_decode_config(head_dim, arch))
+    for kinds in (("fp8", "fp8"), ("e4m3", "e4m3"), ("q4", "q4"), ("q8", "q4"), ("q8", "q8")):
+        yield _decode_instance(float16, 128, pick_decode_config(128, arch, *kinds), *kinds)
+
+
+INSTANCES = list(_instances("sm_90a"))
+"""What `cupyq compile` builds ahead; other sizes, and tiles for less shared memory, are compiled when first used."""
