@@ -9,9 +9,10 @@
 //             before has started its own: the softmax of one then runs under the products of the other. Tiles go from the
 //             last visible key to the first.
 //             One thread block per multiprocessor takes items in turns, there and back, those with most keys first.
-// Numerics    products of 16-bit values summed in fp32; online softmax in fp32, base 2, whose offset follows the largest score
-//             once that is 2^8 ahead: a factor that cancels; weights rounded to T for the product with V, their sum not; one
-//             rounding at the store. Key order is fixed: same bits every run, wherever pages lie.
+// Numerics    products of 16-bit values summed in fp32; online softmax in fp32, base 2; weights rounded to T for the product
+//             with V, their sum not; one rounding at the store. The offset is the largest score, not one some way behind it,
+//             which would save rescaling: a weight that decides alone is then 1, and rounds to itself. Key order is fixed:
+//             same bits every run, wherever pages lie.
 // Limits      sm_90a. HEAD 64, 96, 128 or 256, the whole head; 16-byte aligned arrays; pages a power of two of tokens, from 8
 //             on; any seq, capacity and batch. out may be q.
 // Traffic     2 * rows * heads * HEAD values (q, out) + K and V once from memory (each item again from L2);
@@ -185,7 +186,6 @@ __global__ void __launch_bounds__(128 * (warpgroups + 1), 1) attention_wgmma(
 
     take_registers<warpgroups == 2 ? 232 : 160>();
     Logits logits(scale, has_softcap ? softcap : 0);
-    const float slack = 8 / logits.multiplier;
     RingCursor<stages> k_cursor, v_cursor;
     uint32 q_parity = 0;
     int group = lane / 4, t = lane % 4, warp_row = 64 * warpgroup + 16 * warp;  // of the item's queries
@@ -269,7 +269,7 @@ __global__ void __launch_bounds__(128 * (warpgroups + 1), 1) attention_wgmma(
                 highest[0] = fmaxf(highest[0], __shfl_xor_sync(0xffffffffu, highest[0], 1));
                 highest[0] = fmaxf(highest[0], __shfl_xor_sync(0xffffffffu, highest[0], 2));
                 float before = top[half];
-                if (highest[0] > before + slack) top[half] = highest[0];
+                top[half] = fmaxf(before, highest[0]);
                 // A row that has seen no key yet keeps minus infinity; zero in its place gives weights of 0, not NaN.
                 float offset = top[half] == -infinity_float() ? 0 : top[half] * logits.multiplier;
                 shrink[half] = exp2_fast(fmaf(before, logits.multiplier, -offset));
