@@ -13,6 +13,7 @@ from cupyq import _device, _kernels
 from cupyq.errors import UnsupportedError
 from cupyq.formats import kv_cache
 from cupyq.ops import attention_decode as module
+from cupyq.ops.advance import advance
 from cupyq.ops.attention import attention_reference, kv_length_bucket
 from cupyq.ops.attention_problem import AttentionProblem
 from cupyq.ops.kv_codec import CacheCodes
@@ -259,17 +260,24 @@ def verify(cupy, q, k, v, **options):
 
 
 def shares_in_the_kernel(problem, plan, lengths, most_splits=256):
-    """find_share of cu/attention_decode.cu: (splits, tiles) of each sequence."""
+    """cu/attention_shares.cuh: the length of a share, then of each item its first place among all tiles, and its tiles."""
     tiles = []
     for length in lengths:
         begin = 0 if problem.window is None else max(0, length - problem.most_queries - problem.window + 1)
-        tiles.append(-(-length // 16) - min(begin, length) // 16)
-    if plan.target == 0:
-        return [(1, count) for count in tiles]
+        tiles.append(max(1, -(-length // 16) - min(begin, length) // 16))
     row_tiles = -(-problem.most_queries * problem.group // 16)
-    work = sum(tiles) * row_tiles * problem.kv_heads
-    longest = max(plan.least_tiles, -(-work // plan.target), min(2 * plan.least_tiles, -(-2 * work // plan.target)))
-    return [(max(1, min(-(-count // longest), most_splits)), count) for count in tiles]
+    sizes = np.repeat(tiles, row_tiles * problem.kv_heads)
+    begins = np.cumsum(sizes) - sizes
+    if plan.most_shares == 0:
+        return None, begins, sizes
+    longest = int(sizes.max())
+    length = max(
+        min(plan.least_tiles, longest),
+        -(-int(sizes.sum()) // plan.most_shares),
+        int(np.ceil(np.sqrt(np.float32(longest * plan.part_rows) / np.float32(45)))),
+        -(-longest // (most_splits - 1)),
+    )
+    return length, begins, sizes
 
 
 def plans():
@@ -282,46 +290,65 @@ def plans():
             yield q, k, window, lengths
 
 
-@pytest.mark.parametrize("sm_count", [1, 20, 132])
-def test_plans_hold_every_share(sm_count):
+@pytest.mark.parametrize("most_splits", [16, 256])
+@pytest.mark.parametrize("sm_count", [1, 20, 132, 600])
+def test_plans_hold_every_share(sm_count, most_splits):
+    """Blocks enough for all shares, and a place of its own for every part and every counter."""
     for q, k, window, lengths in plans():
         problem = problem_of(q, k, window=window, max_kv_length=int(lengths.max()))
-        plan = module.plan_shares(problem, sm_count)
-        items = problem.kv_heads * -(-problem.most_queries * problem.group // 16)
-        shares = shares_in_the_kernel(problem, plan, lengths.tolist())
-        assert sum(splits for splits, _ in shares) * items <= plan.blocks
-        split = [splits for splits, _ in shares if splits > 1]
-        assert sum(split) * items <= plan.parts
-        assert len(split) * items <= plan.counters <= module._COUNTERS
+        plan = module.plan_shares(problem, 2 * sm_count)
+        share, begins, sizes = shares_in_the_kernel(problem, plan, lengths.tolist(), most_splits)
+        if share is None:
+            assert plan.blocks == len(sizes) and plan.parts == plan.counters == 0
+            continue
+        assert -(-sizes.sum() // share) <= plan.blocks <= 2 * sm_count
+        first, last = begins // share, (begins + sizes - 1) // share  # blocks of each item
+        assert max(last - first) < most_splits
+        slots = []
+        for item in np.flatnonzero(last > first):
+            slots.append(2 * first[item] + (begins[item] != share * first[item]))
+            slots.extend(2 * np.arange(first[item] + 1, last[item] + 1))
+        assert len(set(slots)) == len(slots) and max(slots, default=0) < plan.parts == 2 * plan.blocks
+        counters = first[last > first]
+        assert len(set(counters)) == len(counters) and plan.blocks == plan.counters <= module._COUNTERS
         needed = module._COUNTERS + plan.parts * plan.part_floats(64)
-        assert needed <= module.attention_workspace_size(64, sm_count=sm_count) or not plan.parts
+        assert needed <= module.attention_workspace_size(64, sm_count=sm_count)
 
 
-@pytest.mark.parametrize("sm_count", [20, 132])
-def test_the_bits_do_not_depend_on_the_bound(sm_count):
+def test_the_plan_does_not_depend_on_the_bound():
     for q, k, window, lengths in plans():
-        of_bounds = set()
-        for bound in (int(lengths.max()), int(lengths.max()) + 1, None):
-            problem = problem_of(q, k, window=window, max_kv_length=bound)
-            plan = module.plan_shares(problem, sm_count)
-            of_bounds.add(tuple(shares_in_the_kernel(problem, plan, lengths.tolist())))
-        assert len(of_bounds) == 1
+        bounds = (int(lengths.max()), int(lengths.max()) + 1, None)
+        problems = [problem_of(q, k, window=window, max_kv_length=bound) for bound in bounds]
+        assert len({module.plan_shares(problem, 264) for problem in problems}) == 1
+
+
+def test_what_is_not_split():
+    """Too many sequences for every block to look at all, or too many tiles to count; and items of one short share."""
+    for batch, capacity, splits in ((1, 4096, True), (512, 4096, True), (513, 4096, False), (1, 48, False)):
+        q, k = (np.broadcast_to(np.float16(0), (batch, size, 8, 64)) for size in (1, capacity))
+        plan = module.plan_shares(problem_of(q, k), 264)
+        assert (plan.most_shares > 0) is splits
+        assert plan.blocks == (264 if splits else 8 * batch)
+    q, k = (np.broadcast_to(np.float16(0), (512, size, 8, 64)) for size in (1, 1 << 22))
+    assert module.plan_shares(problem_of(q, k), 264).most_shares == 0
 
 
 def test_shares_of_an_h100():
-    """One sequence of 4096 keys: two blocks a multiprocessor, of 128 keys. Unequal lengths: shares of about equal size."""
-    q, k = np.empty((1, 1, 32, 128), np.float16), np.empty((1, 4096, 8, 128), np.float16)
-    problem = problem_of(q, k)
-    plan = module.plan_shares(problem, 132)
-    assert shares_in_the_kernel(problem, plan, [4096]) == [(32, 256)]
-    q, k = np.empty((64, 1, 32, 128), np.float16), np.broadcast_to(np.float16(0), (64, 16384, 8, 128))
-    problem = problem_of(q, k)
-    plan = module.plan_shares(problem, 132)
-    lengths = np.linspace(1, 16384, 64).astype(int).tolist()
-    shares = shares_in_the_kernel(problem, plan, lengths)
-    sizes = [tiles / splits for splits, tiles in shares]
-    mean = sum(tiles for _, tiles in shares) * 8 / 132
-    assert max(sizes) <= mean / 2 and sum(splits for splits, _ in shares) * 8 <= 528 + 512
+    """Of sequences long enough all 264 blocks get a share but a few, and a part of four rows costs a quarter of sixteen's."""
+    for lengths, seq, expected in (
+        ([4096], 1, 8),
+        ([1024], 1, 4),
+        ([32768], 1, 63),
+        ([4096] * 16, 1, 125),
+        (np.linspace(1, 16384, 64).astype(int).tolist(), 1, 994),
+        ([1024], 4, 5),
+        ([40] * 7, 1, 3),
+    ):
+        q = np.empty((len(lengths), seq, 32, 128), np.float16)
+        problem = problem_of(q, np.broadcast_to(np.float16(0), (len(lengths), 2 * max(lengths), 8, 128)))
+        plan = module.plan_shares(problem, 264)
+        share, _, sizes = shares_in_the_kernel(problem, plan, lengths)
+        assert share == expected, (lengths, share, sizes.sum())
 
 
 @pytest.mark.parametrize("arch", [*_device.TARGET_ARCHS, "sm_999"])
@@ -338,7 +365,11 @@ def test_tiles_fit_every_gpu(arch):
 def test_two_blocks_of_an_h100_live_together():
     """228 KiB, of which 1 KiB a block is the system's."""
     for kinds in (("dense", "dense"), *KINDS):
-        assert 2 * (module.pick_decode_config(128, "sm_90a", *kinds).shared_bytes(128, *kinds) + 1024) <= 228 * 1024
+        config = module.pick_decode_config(128, "sm_90a", *kinds)
+        assert 2 * (config.shared_bytes(128, *kinds) + 1024) <= 228 * 1024
+        assert config.blocks_per_sm(128, "sm_90a", *kinds) == 2
+    assert module.DecodeConfig(8, 2).blocks_per_sm(128, "sm_90a") == module.DecodeConfig(4, 6).blocks_per_sm(128, "sm_90a") == 1
+    assert module.DecodeConfig(4, 2).blocks_per_sm(256, "sm_90a") == module.DecodeConfig(2, 2).blocks_per_sm(128, "sm_75") == 1
 
 
 @pytest.mark.parametrize("arch", ["sm_75", "sm_90a"])
@@ -510,6 +541,52 @@ def test_many_shares(cupy, kinds):
     verify(cupy, q, k, v, kv_lengths=int32(29_003), max_kv_length=10)
     q, k, v = make(rng, float16, 40, 1, 1024, 4, 2, 64, kinds=kinds)
     verify(cupy, q, k, v, kv_lengths=np.linspace(1, 1024, 40).astype(np.int32))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kinds", [("dense", "dense"), ("q8", "q4")], ids=str)
+def test_blocks_with_several_segments(cupy, kinds):
+    """Several sequences a lane, some without keys, some without queries, and items of two row tiles: shares begin anywhere."""
+    rng = np.random.default_rng(17)
+    for batch, capacity, most in ((70, 160, 9), (33, 400, 3), (2, 900, 40)):
+        counts = rng.integers(0, most, batch)
+        starts = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
+        q, k, v = make(rng, float16, batch, 1, capacity, 8, 2, 64, kinds=kinds)
+        q = (2 * rng.standard_normal((int(starts[-1]), 8, 64))).astype(float16)
+        lengths = rng.integers(0, capacity + 1, batch).astype(np.int32)
+        lengths[rng.integers(0, batch, batch // 8)] = 0
+        verify(cupy, q, k, v, query_starts=starts, kv_lengths=lengths)
+    q, k, v = make(rng, float16, 70, 2, 160, 24, 2, 64, kinds=kinds)
+    verify(cupy, q, k, v, kv_lengths=rng.integers(0, 161, 70).astype(np.int32), window=75)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("batch", [1, 3, 40])
+def test_lengths_that_the_kernel_before_changes(cupy, batch):
+    """Blocks look at the lengths before advance() has ended, and must notice that they were others."""
+    rng = np.random.default_rng(18)
+    q, k, v = make(rng, float16, batch, 1, 200, 8, 2, 64)
+    first = rng.integers(60, 65, batch).astype(np.int32) if batch > 1 else int32(62)
+    out, workspace = cupy.empty((5, *q.shape), np.float16), cupy.zeros(module.attention_workspace_size(64), np.float32)
+    arrays = q_gpu, k_gpu, v_gpu = [cupy.asarray(array) for array in (q, k, v)]
+    lengths, ids, positions = cupy.asarray(first), cupy.zeros(batch, np.int32), cupy.zeros(batch, np.int32)
+    steps, problem = cupy.zeros(batch, np.int64), problem_of(q, k, kv_lengths=lengths)
+    stream = cupy.cuda.Stream(non_blocking=True)
+    cupy.cuda.Device().synchronize()
+    with stream:
+        module.launch(problem, *arrays, out[0], workspace)
+        advance(ids, positions, lengths, steps)
+        lengths.set(first, stream=stream)
+        stream.begin_capture()
+        for turn in range(5):
+            module.launch(problem, q_gpu, k_gpu, v_gpu, out[turn], workspace)
+            advance(ids, positions, lengths, steps)
+        graph = stream.end_capture()
+        graph.launch(stream)
+        stream.synchronize()
+    for turn, result in enumerate(out.get(stream=stream)):
+        expected = on_gpu(cupy, q, k, v, kv_lengths=first + int32(turn))
+        assert result.tobytes() == expected.tobytes(), f"step {turn}"
 
 
 @pytest.mark.gpu

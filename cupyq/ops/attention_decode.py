@@ -14,9 +14,10 @@ from cupyq.ops.kv_codec import CacheCodes
 
 _ROWS = 16  # of one mma tile
 _KEYS = 16  # of one warp's tile
-_COUNTERS = 1024  # at the start of the workspace: one per 16 rows of a kv head whose keys are shared out
-_SHARES_PER_SM = 4
+_COUNTERS = 1024  # at the start of the workspace: one per block that shares out keys with others
+_LEAST_TILES = 4  # of a share: what a block of four warps takes at a time
 _MOST_PLANNED = 512  # sequences: every block looks at all lengths; with more of them none is split
+_MOST_TILES = 1 << 30  # of all items: the kernel counts them in 32 bits
 
 
 # --- choices ----------------------------------------------------------------------------------------------------------
@@ -40,6 +41,12 @@ class DecodeConfig:
         part = 4 * (_ROWS * (padded + 8) + 2 * _ROWS)
         return self.warps * max(self.stages * stage, part) + _ROWS * 2 * (padded + 8)
 
+    def blocks_per_sm(self, head_dim, arch, k_kind="dense", v_kind="dense"):
+        """Two where they fit: one loads while the other ends a segment. A block's share costs 1 KiB more than it asks for."""
+        is_small = self.warps <= 4 and _padded(head_dim) <= 128
+        limit = shared_bytes_limit(arch)
+        return 2 if is_small and 2 * (self.shared_bytes(head_dim, k_kind, v_kind) + 1024) <= limit + 1024 else 1
+
 
 def pick_decode_config(head_dim, arch, k_kind="dense", v_kind="dense"):
     """Two blocks a multiprocessor where they fit: one starts, and asks for its keys, while the other ends."""
@@ -52,25 +59,26 @@ def pick_decode_config(head_dim, arch, k_kind="dense", v_kind="dense"):
 
 @dataclass(frozen=True)
 class Plan:
-    """How many blocks a launch has, and how the kernel shares out the keys: by the shapes and max_kv_length alone."""
+    """How many blocks a launch has, and how the kernel shares out the keys: by the shapes and the GPU alone."""
 
     blocks: int
-    target: int  # shares in all, about; 0: no sequence is split
-    least_tiles: int  # of a share
+    most_shares: int  # of all keys, in equal lengths; 0: no item (16 rows of a kv head) is split, each has its block
+    least_tiles: int  # of a share, where an item has so many
     part_rows: int
-    parts: int  # shares that may leave something behind: 0 where none is split
+    parts: int  # that segments of split items may leave: two a block
     counters: int
 
     def part_floats(self, head_dim):
-        """Of one share: the sums, then top and sum of weights of each row, to a multiple of 16 bytes."""
+        """Of one part: the sums, then top and sum of weights of each row, to a multiple of 16 bytes."""
         return self.part_rows * head_dim + -(-2 * self.part_rows // 4) * 4
 
 
-def plan_shares(problem, sm_count, shares_per_sm=_SHARES_PER_SM, least_tiles=None):
-    """The Plan of a call. The bits depend on `target` and `least_tiles`, so neither depends on max_kv_length.
+def plan_shares(problem, resident_blocks, least_tiles=_LEAST_TILES):
+    """The Plan of a call on a GPU that holds so many blocks at once.
 
-    However the lengths are, at most `target` shares come in addition to one per item (16 rows of a kv head), and fewer than
-    twice as many belong to items that are split.
+    The bits depend on most_shares and least_tiles, so neither depends on max_kv_length. There are as many blocks as there may
+    be shares: most_shares, or fewer where the shapes show that even full caches give less of them, each of least_tiles or of
+    an item.
     """
     rows = problem.most_queries * problem.group
     if problem.query_starts is None or problem.batch > _MOST_PLANNED:
@@ -79,28 +87,20 @@ def plan_shares(problem, sm_count, shares_per_sm=_SHARES_PER_SM, least_tiles=Non
         row_tiles = rows // _ROWS + problem.batch
     items = row_tiles * problem.kv_heads
     part_rows = min(rows, _ROWS)
-    # What a share leaves behind grows with its rows: 16 rows want longer shares than 4.
-    least_tiles = least_tiles or max(4, part_rows // 2)
-    target = _target(sm_count, shares_per_sm) if problem.batch <= _MOST_PLANNED else 0
-    seen = problem.max_kv_length
-    capacity = problem.capacity
-    if problem.window is not None:  # keys that all queries of a sequence see
-        seen, capacity = (min(keys, problem.most_queries + problem.window - 1) for keys in (seen, capacity))
-    blocks = items + min(target, items * (_most_splits(seen, least_tiles) - 1))
-    splits = _most_splits(capacity, least_tiles)
-    if target == 0 or splits == 1:
-        return Plan(blocks, target, least_tiles, part_rows, 0, 0)
-    return Plan(blocks, target, least_tiles, part_rows, min(2 * target, items * splits), min(items, target))
+    keys = problem.capacity
+    if problem.window is not None:  # that all queries of a sequence see
+        keys = min(keys, problem.most_queries + problem.window - 1)
+    tiles = _most_tiles(keys)
+    if problem.batch > _MOST_PLANNED or tiles <= least_tiles or items * tiles > _MOST_TILES:
+        return Plan(items, 0, least_tiles, part_rows, 0, 0)
+    most_shares = min(resident_blocks, _COUNTERS)
+    blocks = min(most_shares, max(items, -(-items * tiles // least_tiles)))
+    return Plan(blocks, most_shares, least_tiles, part_rows, 2 * blocks, blocks)
 
 
-def _target(sm_count, shares_per_sm=_SHARES_PER_SM):
-    return min(shares_per_sm * sm_count, _COUNTERS)
-
-
-def _most_splits(keys, least_tiles):
-    """How many shares so many keys may become; they may begin inside of a tile."""
-    tiles = (keys + _KEYS - 2) // _KEYS + 1
-    return max(1, -(-tiles // least_tiles))
+def _most_tiles(keys):
+    """How many tiles so many keys may take; they may begin inside of one."""
+    return (keys + _KEYS - 2) // _KEYS + 1
 
 
 def attention_workspace_size(head_dim, *, sm_count=None):
@@ -110,11 +110,11 @@ def attention_workspace_size(head_dim, *, sm_count=None):
     NumPy path needs no workspace.
 
     >>> attention_workspace_size(128, sm_count=132)
-    2197504
+    1099264
     """
     if sm_count is None:
         sm_count = _device.current().sm_count if _device.count() else 0
-    return sm_count and _COUNTERS + 2 * _target(sm_count) * _ROWS * (head_dim + 2)
+    return sm_count and _COUNTERS + 2 * min(2 * sm_count, _COUNTERS) * _ROWS * (head_dim + 2)
 
 
 def _padded(head_dim):
@@ -122,7 +122,7 @@ def _padded(head_dim):
 
 
 def _tile_bytes(kind, padded):
-    """TileLayout of cu/attention_decode.cu."""
+    """TileLayout of cu/kv_tile.cuh."""
     row_bytes = 2 * (padded + 8) if kind == "dense" else padded // 2 if kind == "q4" else padded
     scale_words = padded // 64 if kind in ("q4", "q8") else int(kind == "e4m3")
     return _KEYS * (row_bytes + 4 * scale_words)
@@ -134,7 +134,8 @@ def _tile_bytes(kind, padded):
 def launch(problem, q, k, v, out, workspace, *, config=None, plan=None, ahead_tiles=2):
     """attention_decode of a checked call, for any number of queries. `workspace` as attention() takes it, or None.
 
-    ahead_tiles: how many tiles of each warp come into L2 while the kernel before still works; nothing but time depends on it.
+    ahead_tiles: how many tiles of each warp come into L2 while the kernel before, or the segment before, still works; nothing
+    but time depends on it.
     """
     if not supports(problem, k, v):
         raise UnsupportedError(
@@ -143,7 +144,9 @@ def launch(problem, q, k, v, out, workspace, *, config=None, plan=None, ahead_ti
         )
     device = _device.current()
     config = config or pick_decode_config(problem.head_dim, device.arch, _kind(k), _kind(v))
-    plan = plan or plan_shares(problem, device.sm_count)
+    if plan is None:
+        per_sm = config.blocks_per_sm(problem.head_dim, device.arch, _kind(k), _kind(v))
+        plan = plan_shares(problem, per_sm * device.sm_count)
     parts, arrived = _parts(q, plan, problem.head_dim, workspace) if plan.parts else (None, None)
     arguments = (
         q,
@@ -158,7 +161,7 @@ def launch(problem, q, k, v, out, workspace, *, config=None, plan=None, ahead_ti
         np.int32(problem.page_size.bit_length() - 1 if problem.is_paged else 0),
         *map(np.int32, (problem.max_pages, problem.pages, problem.causal, problem.kernel_window)),
         *map(np.float32, (problem.scale, problem.kernel_softcap)),
-        *map(np.int32, (plan.target, plan.least_tiles, plan.part_rows, ahead_tiles)),
+        *map(np.int32, (plan.most_shares, plan.least_tiles, plan.part_rows, ahead_tiles)),
     )
     shared = config.shared_bytes(problem.head_dim, _kind(k), _kind(v))
     wanted = _decode_instance(q.dtype, problem.head_dim, config, _kind(k), _kind(v))
@@ -166,7 +169,7 @@ def launch(problem, q, k, v, out, workspace, *, config=None, plan=None, ahead_ti
 
 
 def _parts(q, plan, head_dim, workspace):
-    """What shares of the keys leave behind, and the counters of those that have."""
+    """What segments of split items leave behind, and the counters of those that have."""
     size = plan.parts * plan.part_floats(head_dim)
     if workspace is None:
         xp = require_cupy()
