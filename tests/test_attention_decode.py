@@ -259,14 +259,15 @@ def verify(cupy, q, k, v, **options):
 # --- how keys are shared out ------------------------------------------------------------------------------------------
 
 
-def shares_in_the_kernel(problem, plan, lengths, most_splits=256):
-    """cu/attention_shares.cuh: the length of a share, then of each item its first place among all tiles, and its tiles."""
+def shares_in_the_kernel(problem, plan, lengths):
+    """cu/attention_shares.cuh: the length of a share, then of each item of a head its first place among all tiles, and its
+    tiles."""
     tiles = []
     for length in lengths:
         begin = 0 if problem.window is None else max(0, length - problem.most_queries - problem.window + 1)
         tiles.append(max(1, -(-length // 16) - min(begin, length) // 16))
     row_tiles = -(-problem.most_queries * problem.group // 16)
-    sizes = np.repeat(tiles, row_tiles * problem.kv_heads)
+    sizes = np.repeat(tiles, row_tiles)
     begins = np.cumsum(sizes) - sizes
     if plan.most_shares == 0:
         return None, begins, sizes
@@ -275,7 +276,6 @@ def shares_in_the_kernel(problem, plan, lengths, most_splits=256):
         min(plan.least_tiles, longest),
         -(-int(sizes.sum()) // plan.most_shares),
         int(np.ceil(np.sqrt(np.float32(longest * plan.part_rows) / np.float32(45)))),
-        -(-longest // (most_splits - 1)),
     )
     return length, begins, sizes
 
@@ -290,27 +290,27 @@ def plans():
             yield q, k, window, lengths
 
 
-@pytest.mark.parametrize("most_splits", [16, 256])
 @pytest.mark.parametrize("sm_count", [1, 20, 132, 600])
-def test_plans_hold_every_share(sm_count, most_splits):
+def test_plans_hold_every_share(sm_count):
     """Blocks enough for all shares, and a place of its own for every part and every counter."""
     for q, k, window, lengths in plans():
         problem = problem_of(q, k, window=window, max_kv_length=int(lengths.max()))
-        plan = module.plan_shares(problem, 2 * sm_count)
-        share, begins, sizes = shares_in_the_kernel(problem, plan, lengths.tolist(), most_splits)
+        plan, heads = module.plan_shares(problem, 2 * sm_count), problem.kv_heads
+        share, begins, sizes = shares_in_the_kernel(problem, plan, lengths.tolist())
         if share is None:
-            assert plan.blocks == len(sizes) and plan.parts == plan.counters == 0
+            assert plan.blocks == heads * len(sizes) and plan.parts == plan.counters == 0
             continue
-        assert -(-sizes.sum() // share) <= plan.blocks <= 2 * sm_count
-        first, last = begins // share, (begins + sizes - 1) // share  # blocks of each item
-        assert max(last - first) < most_splits
-        slots = []
-        for item in np.flatnonzero(last > first):
-            slots.append(2 * first[item] + (begins[item] != share * first[item]))
-            slots.extend(2 * np.arange(first[item] + 1, last[item] + 1))
+        assert -(-sizes.sum() // share) * heads <= plan.blocks <= 2 * sm_count
+        first, last = begins // share, (begins + sizes - 1) // share  # shares of each item
+        slots, counters = [], []
+        for item, head in itertools.product(np.flatnonzero(last > first), range(heads)):
+            block = first[item] * heads + head
+            counters.append(block)
+            slots.append(2 * block + (begins[item] != share * first[item]))
+            slots.extend(2 * (np.arange(first[item] + 1, last[item] + 1) * heads + head))
         assert len(set(slots)) == len(slots) and max(slots, default=0) < plan.parts == 2 * plan.blocks
-        counters = first[last > first]
-        assert len(set(counters)) == len(counters) and plan.blocks == plan.counters <= module._COUNTERS
+        assert len(set(counters)) == len(counters) and max(counters, default=0) < plan.blocks == plan.counters
+        assert plan.counters <= module._COUNTERS
         needed = module._COUNTERS + plan.parts * plan.part_floats(64)
         assert needed <= module.attention_workspace_size(64, sm_count=sm_count)
 
@@ -329,7 +329,7 @@ def test_what_is_not_split():
         plan = module.plan_shares(problem_of(q, k), 264)
         assert (plan.most_shares > 0) is splits
         assert plan.blocks == (264 if splits else 8 * batch)
-    q, k = (np.broadcast_to(np.float16(0), (512, size, 8, 64)) for size in (1, 1 << 22))
+    q, k = (np.broadcast_to(np.float16(0), (512, size, 8, 64)) for size in (1, 1 << 25))
     assert module.plan_shares(problem_of(q, k), 264).most_shares == 0
 
 

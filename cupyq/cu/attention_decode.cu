@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(32 * warps, warps > 4 || HEAD > 128 ? 1 : 2) a
     uint32 *arrived,          // a counter per block: zero before and after. Null, as parts, where no item can be split
     int batch, int most_queries, int heads, int kv_heads, int head_dim, int capacity, int page_shift, int max_pages,
     int pages, int is_causal, int window, float scale, float softcap,  // softcap 0: none
-    int most_shares,    // how many blocks fit the GPU at once; 0: no item is split, and there is a block for each
+    int most_shares,    // how many fit the GPU at once, each with a block per kv head; 0: no item is split
     int least_tiles,    // of a share, where an item has so many
     int part_rows,      // 16, or less where no item has so many
     int ahead_tiles) {  // tiles of a warp that come into L2 before their turn
@@ -62,9 +62,7 @@ __global__ void __launch_bounds__(32 * warps, warps > 4 || HEAD > 128 ? 1 : 2) a
     constexpr int row_values = HEAD + 8, threads = 32 * warps, stage_bytes = KLayout::bytes + VLayout::bytes;
     constexpr int part_floats = 16 * row_values + 32;  // of one warp: acc, top, sum; laid over its ring at the end
     constexpr int warp_bytes = stages * stage_bytes > 4 * part_floats ? stages * stage_bytes : 4 * part_floats;
-    constexpr int room = (warps * warp_bytes / 64 - row_values) / 32 * 32;
-    constexpr int most_splits = room < 256 ? room : 256;  // whose weights for 16 rows fit beside a result
-    static_assert(stage_bytes % 16 == 0 && most_splits >= 16, "the ring's stages begin at multiples of 16 bytes");
+    static_assert(stage_bytes % 16 == 0, "the ring's stages begin at multiples of 16 bytes");
 
     let_next_kernel_start();
     if constexpr (!on_tensor_cores<M> || !on_tensor_cores<typename MathType<v_kind, T>::type>) return __trap();
@@ -79,7 +77,7 @@ __global__ void __launch_bounds__(32 * warps, warps > 4 || HEAD > 128 ? 1 : 2) a
     KVPages cache = {block_table, capacity, page_shift, max_pages, pages};
     Logits logits(scale, softcap);
     Shares shares = {kv_lengths, query_starts, batch, most_queries, group, kv_heads, capacity, is_causal, window,
-        most_shares, least_tiles, part_rows, most_splits};
+        most_shares, least_tiles, part_rows};
 
     // The segment's tiles that are this warp's: every warps-th from `first` on, counted from key 0.
     struct Tiles {
@@ -117,22 +115,30 @@ __global__ void __launch_bounds__(32 * warps, warps > 4 || HEAD > 128 ? 1 : 2) a
     };
 
     Segment segment = {}, next = {};
+    Entry seen = {};
     int64 next_row = 0;  // of the next tile to be loaded
     // Look 0 finds the first segment before the wait, look 1 once more after it: the same one, unless a table has changed.
     constexpr int first_look = __CUDA_ARCH__ >= 900 ? 0 : 1;
 #pragma unroll 1
     for (int look = first_look;; look++) {
-        Segment found = look < 2 ? shares.first_segment(blockIdx.x) : next;
+        Segment found = next;
+        if (look < 2) {
+            Entry now = shares.own_entry();
+            bool is_known = look > first_look && most_shares > 0 && batch <= 32;
+            is_known = is_known && __ballot_sync(0xffffffffu, now == seen) == 0xffffffffu;
+            found = is_known ? segment : shares.first_segment(blockIdx.x, now);
+            seen = now;
+        }
         if (look == 0) ask_ahead(found);
-        if (look == first_look) wait_for_previous_kernel();
         bool is_new = look != 1 || !(found == segment);
         if (look == 1 && is_new) copy_async_wait<0>();  // those of the wrong one
         segment = found;
         const Sequence &sequence = segment.sequence;
         ItemRows rows(segment, group, kv_heads);
+        Tiles own = tiles_of(segment);
+        if (look == first_look) wait_for_previous_kernel();
 
         // --- on their way: queries, and the first of this warp's keys ---
-        Tiles own = tiles_of(segment);
         auto load_keys = [&](int i) {
             int first = (own.first + i * warps) * tile_keys;
             uint8 *stage = ring + i % stages * stage_bytes;
@@ -329,7 +335,7 @@ __global__ void __launch_bounds__(32 * warps, warps > 4 || HEAD > 128 ? 1 : 2) a
             });
         } else {
             // --- the last to arrive adds all parts of the item, in order ---
-            ItemParts item(segment, blockIdx.x);
+            ItemParts item(segment, kv_heads);
             int part_stride = part_rows * head_dim + (2 * part_rows + 3) / 4 * 4, stats_at = part_rows * head_dim;
             float *first_part = parts + 2 * item.first_block * part_stride;  // or the next one
             float *own_part = first_part + item.slot(item.index) * part_stride;
@@ -343,61 +349,56 @@ __global__ void __launch_bounds__(32 * warps, warps > 4 || HEAD > 128 ? 1 : 2) a
             __syncthreads();
             finishes = *is_last;
             if (finishes) {
-                constexpr int in_flight = HEAD > 128 ? 8 : 32;
-                int padded = (item.count + in_flight - 1) / in_flight * in_flight;
-                float *weights = result + 16 * row_values;  // [16, padded], zeros after item.count
-                float *factors = (float *)sQ + 4;           // [16]
-                float4 x[in_flight];
-                auto fetch = [&](int i, int first) {  // piece i of the rows in some parts; zeros after the last
-                    const float *at = first_part + item.slot(first) * part_stride;
-                    at += i / pieces * head_dim + column_of(i);
-#pragma unroll
-                    for (int s = 0; s < in_flight; s++) {
-                        x[s] = make_float4(0, 0, 0, 0);
-                        if (first + s < item.count) x[s] = __ldcg((const float4 *)at);
-                        at += (s == 0 && first == 0 ? 2 - item.first_slot : 2) * part_stride;
-                    }
-                };
-                fetch(min((int)threadIdx.x, rows.count * pieces - 1), 0);  // on its way while weights are computed
+                constexpr int in_flight = HEAD > 128 ? 8 : 16, own_pieces = (pieces + 31) / 32;  // of a lane
 #pragma unroll 1
                 for (int r = warp; r < rows.count; r += warps) {
+                    float4 x[in_flight][own_pieces];
+                    auto fetch = [&](int first) {  // the row in some parts; zeros after the last
+#pragma unroll
+                        for (int s = 0; s < in_flight; s++)
+                            for (int piece = 0; piece < own_pieces; piece++) {
+                                const float *at = first_part + item.slot(first + s) * part_stride + r * head_dim;
+                                x[s][piece] = make_float4(0, 0, 0, 0);
+                                if (first + s < item.count)
+                                    x[s][piece] = __ldcg((const float4 *)(at + column_of(lane + 32 * piece)));
+                            }
+                    };
                     auto stat_of = [&](int s) {
                         if (s >= item.count) return make_float2(-infinity_float(), 0);
                         return __ldcg((const float2 *)(first_part + item.slot(s) * part_stride + stats_at + 2 * r));
                     };
                     float2 stat = stat_of(lane);
-                    float highest = stat.x, total = 0;
+                    fetch(0);  // on its way while weights are computed
+                    float highest = stat.x, total = 0, weight = 0;
 #pragma unroll 1
                     for (int s = lane + 32; s < item.count; s += 32) highest = fmaxf(highest, stat_of(s).x);
                     for (int lanes = 16; lanes > 0; lanes /= 2)
                         highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, lanes));
                     float offset = highest == -infinity_float() ? 0 : highest;
-#pragma unroll 1
-                    for (int s = lane; s < padded; s += 32) {
-                        if (s > lane) stat = stat_of(s);
-                        float weight = exp2_fast(stat.x - offset);
-                        total += weight * stat.y;
-                        weights[r * padded + s] = weight;
-                    }
-                    for (int lanes = 16; lanes > 0; lanes /= 2) total += __shfl_xor_sync(0xffffffffu, total, lanes);
-                    if (lane == 0) factors[r] = factor_of(r, total, highest);
-                }
-                __syncthreads();
-#pragma unroll 1
-                for (int i = threadIdx.x; i < rows.count * pieces; i += threads) {
-                    int r = i / pieces;
-                    float4 values = make_float4(0, 0, 0, 0);
+                    float4 values[own_pieces] = {};
 #pragma unroll 1
                     for (int first = 0; first < item.count; first += in_flight) {
-                        if (i >= threads || first > 0) fetch(i, first);
+                        if (first > 0) fetch(first);
+                        if (first % 32 == 0) {  // a lane has the weight of one of 32 parts
+                            if (first > 0) stat = stat_of(first + lane);
+                            weight = exp2_fast(stat.x - offset);
+                            total += weight * stat.y;
+                        }
 #pragma unroll
                         for (int s = 0; s < in_flight; s++) {
-                            float weight = weights[r * padded + first + s];
-                            values.x += weight * x[s].x, values.y += weight * x[s].y;
-                            values.z += weight * x[s].z, values.w += weight * x[s].w;
+                            float factor = __shfl_sync(0xffffffffu, weight, first % 32 + s);
+#pragma unroll
+                            for (int piece = 0; piece < own_pieces; piece++) {
+                                values[piece].x += factor * x[s][piece].x, values[piece].y += factor * x[s][piece].y;
+                                values[piece].z += factor * x[s][piece].z, values[piece].w += factor * x[s][piece].w;
+                            }
                         }
                     }
-                    write(r, column_of(i), values, factors[r]);
+                    for (int lanes = 16; lanes > 0; lanes /= 2) total += __shfl_xor_sync(0xffffffffu, total, lanes);
+                    float factor = factor_of(r, total, highest);
+#pragma unroll
+                    for (int piece = 0; piece < own_pieces; piece++)
+                        write(r, column_of(lane + 32 * piece), values[piece], factor);
                 }
             }
         }

@@ -61,14 +61,23 @@ __device__ __forceinline__ void load_rows(
     bool has_column = (32 % row_chunks == 0 || own_row < step) && (kind != dense || 16 * chunk < bytes);
     const uint8 *source = rows + (run.first + (int64)own_row * run.step) * bytes + 16 * chunk;
     int64 stride = (int64)(step * run.step) * bytes;
-    constexpr int together =
-        HEAD > 128 ? 4 : 16;  // copies whose addresses are at hand: wide heads have no registers for more
-#pragma unroll together
-    for (int turn = 0; turn < (tile_keys + step - 1) / step; turn++, source += stride) {
-        int r = own_row + turn * step;
-        if (r < run.from || r >= run.to || (32 % row_chunks != 0 && own_row >= step)) continue;
-        int place = kind == dense ? r * Layout::row_bytes + 16 * chunk : Layout::place(r, 16 * chunk);
-        copy_async_16(tile + place, source, r >= run.low && r < run.high && has_column);
+    auto place_of = [&](int r) {
+        return tile + (kind == dense ? r * Layout::row_bytes + 16 * chunk : Layout::place(r, 16 * chunk));
+    };
+    bool is_whole = run.from == 0 && run.to == tile_keys && run.low <= 0 && run.high >= tile_keys;
+    constexpr int turns = (tile_keys + step - 1) / step;
+    if (is_whole && tile_keys % step == 0 && 32 % row_chunks == 0 && (kind != dense || head_dim == HEAD)) {
+        // Most tiles are: nothing is to be asked for each copy.
+#pragma unroll
+        for (int turn = 0; turn < turns; turn++, source += stride)
+            copy_async_16(place_of(own_row + turn * step), source);
+    } else {
+#pragma unroll 1
+        for (int turn = 0; turn < turns; turn++, source += stride) {
+            int r = own_row + turn * step;
+            if (r < run.from || r >= run.to || (32 % row_chunks != 0 && own_row >= step)) continue;
+            copy_async_16(place_of(r), source, r >= run.low && r < run.high && has_column);
+        }
     }
     if constexpr (Layout::scale_words > 0) {
 #pragma unroll
@@ -77,12 +86,12 @@ __device__ __forceinline__ void load_rows(
             if (r < run.from || r >= run.to) continue;
             int64 row = run.first + (int64)r * run.step;
             int64 first = kind == e4m3 ? row & ~1 : row * (2 * Layout::scale_words) + 2 * word;
-            bool is_whole =
-                kind != e4m3 || first + 1 < all_rows;  // an e4m3 scale comes with its neighbour, if there is one
+            // An e4m3 scale comes with its neighbour, if there is one.
+            bool has_neighbour = kind != e4m3 || first + 1 < all_rows;
             copy_async_4(
                 tile + Layout::scales_at + 4 * i, scales + first,
                 r < run.low || r >= run.high ? 0
-                : is_whole                   ? 4
+                : has_neighbour              ? 4
                                              : 2);
         }
     }

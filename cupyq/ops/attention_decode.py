@@ -62,7 +62,7 @@ class Plan:
     """How many blocks a launch has, and how the kernel shares out the keys: by the shapes and the GPU alone."""
 
     blocks: int
-    most_shares: int  # of all keys, in equal lengths; 0: no item (16 rows of a kv head) is split, each has its block
+    most_shares: int  # of all keys, in equal lengths, a block per kv head to each; 0: no item (16 rows) is split
     least_tiles: int  # of a share, where an item has so many
     part_rows: int
     parts: int  # that segments of split items may leave: two a block
@@ -78,23 +78,22 @@ def plan_shares(problem, resident_blocks, least_tiles=_LEAST_TILES):
 
     The bits depend on most_shares and least_tiles, so neither depends on max_kv_length. There are as many blocks as there may
     be shares: most_shares, or fewer where the shapes show that even full caches give less of them, each of least_tiles or of
-    an item.
+    an item; and kv_heads times as many.
     """
     rows = problem.most_queries * problem.group
     if problem.query_starts is None or problem.batch > _MOST_PLANNED:
-        row_tiles = problem.batch * -(-rows // _ROWS)
+        items = problem.batch * -(-rows // _ROWS)
     else:
-        row_tiles = rows // _ROWS + problem.batch
-    items = row_tiles * problem.kv_heads
+        items = rows // _ROWS + problem.batch
     part_rows = min(rows, _ROWS)
     keys = problem.capacity
     if problem.window is not None:  # that all queries of a sequence see
         keys = min(keys, problem.most_queries + problem.window - 1)
     tiles = _most_tiles(keys)
-    if problem.batch > _MOST_PLANNED or tiles <= least_tiles or items * tiles > _MOST_TILES:
-        return Plan(items, 0, least_tiles, part_rows, 0, 0)
-    most_shares = min(resident_blocks, _COUNTERS)
-    blocks = min(most_shares, max(items, -(-items * tiles // least_tiles)))
+    most_shares = min(resident_blocks, _COUNTERS) // problem.kv_heads
+    if problem.batch > _MOST_PLANNED or tiles <= least_tiles or items * tiles > _MOST_TILES or most_shares < 2:
+        return Plan(items * problem.kv_heads, 0, least_tiles, part_rows, 0, 0)
+    blocks = problem.kv_heads * min(most_shares, max(items, -(-items * tiles // least_tiles)))
     return Plan(blocks, most_shares, least_tiles, part_rows, 2 * blocks, blocks)
 
 
