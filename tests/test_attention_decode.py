@@ -362,13 +362,13 @@ def test_tiles_fit_every_gpu(arch):
         assert config.shared_bytes(head_dim, *kinds) <= limit and config.stages >= 2
 
 
-def test_two_blocks_of_an_h100_live_together():
-    """228 KiB, of which 1 KiB a block is the system's."""
+def test_blocks_of_an_h100_live_together():
+    """228 KiB, of which 1 KiB a block is the system's: one of the chosen blocks, two of four warps."""
     for kinds in (("dense", "dense"), *KINDS):
-        config = module.pick_decode_config(128, "sm_90a", *kinds)
-        assert 2 * (config.shared_bytes(128, *kinds) + 1024) <= 228 * 1024
-        assert config.blocks_per_sm(128, "sm_90a", *kinds) == 2
-    assert module.DecodeConfig(8, 2).blocks_per_sm(128, "sm_90a") == module.DecodeConfig(4, 6).blocks_per_sm(128, "sm_90a") == 1
+        chosen, four = module.pick_decode_config(128, "sm_90a", *kinds), module.DecodeConfig(4, 3)
+        assert chosen.warps == 8 and chosen.blocks_per_sm(128, "sm_90a", *kinds) == 1
+        assert 2 * (four.shared_bytes(128, *kinds) + 1024) <= 228 * 1024 and four.blocks_per_sm(128, "sm_90a", *kinds) == 2
+    assert module.DecodeConfig(4, 6).blocks_per_sm(128, "sm_90a") == 1
     assert module.DecodeConfig(4, 2).blocks_per_sm(256, "sm_90a") == module.DecodeConfig(2, 2).blocks_per_sm(128, "sm_75") == 1
 
 

@@ -349,50 +349,55 @@ __global__ void __launch_bounds__(32 * warps, warps > 4 || HEAD > 128 ? 1 : 2) a
             __syncthreads();
             finishes = *is_last;
             if (finishes) {
-                constexpr int in_flight = HEAD > 128 ? 8 : 16, own_pieces = (pieces + 31) / 32;  // of a lane
+                // A warp a row: its parts come to shared memory, as many at a time as there is room for, in short loops. This
+                // is text that no multiprocessor has at hand, and reading it takes longer than what it does.
+                constexpr int own_pieces = (pieces + 31) / 32;  // of a lane
+                constexpr int kept_bytes = is_transformed<v_kind> ? 4 * 16 * row_values : 0;
+                constexpr int room = (warps * warp_bytes - kept_bytes) / (warps * 4 * HEAD);
+                constexpr int together = room < 32 ? room : 32;
+                static_assert(together >= 8, "parts come in batches that hide their latency");
+                float *came = (float *)(shared + kept_bytes) + warp * (together * HEAD);
 #pragma unroll 1
                 for (int r = warp; r < rows.count; r += warps) {
-                    float4 x[in_flight][own_pieces];
-                    auto fetch = [&](int first) {  // the row in some parts; zeros after the last
-#pragma unroll
-                        for (int s = 0; s < in_flight; s++)
-                            for (int piece = 0; piece < own_pieces; piece++) {
-                                const float *at = first_part + item.slot(first + s) * part_stride + r * head_dim;
-                                x[s][piece] = make_float4(0, 0, 0, 0);
-                                if (first + s < item.count)
-                                    x[s][piece] = __ldcg((const float4 *)(at + column_of(lane + 32 * piece)));
-                            }
-                    };
-                    auto stat_of = [&](int s) {
-                        if (s >= item.count) return make_float2(-infinity_float(), 0);
+                    auto stat_of = [&](int s, int end) {
+                        if (s >= end) return make_float2(-infinity_float(), 0);
                         return __ldcg((const float2 *)(first_part + item.slot(s) * part_stride + stats_at + 2 * r));
                     };
-                    float2 stat = stat_of(lane);
-                    fetch(0);  // on its way while weights are computed
-                    float highest = stat.x, total = 0, weight = 0;
-#pragma unroll 1
-                    for (int s = lane + 32; s < item.count; s += 32) highest = fmaxf(highest, stat_of(s).x);
-                    for (int lanes = 16; lanes > 0; lanes /= 2)
-                        highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, lanes));
-                    float offset = highest == -infinity_float() ? 0 : highest;
+                    float highest = -infinity_float(), total = 0;
                     float4 values[own_pieces] = {};
 #pragma unroll 1
-                    for (int first = 0; first < item.count; first += in_flight) {
-                        if (first > 0) fetch(first);
-                        if (first % 32 == 0) {  // a lane has the weight of one of 32 parts
-                            if (first > 0) stat = stat_of(first + lane);
-                            weight = exp2_fast(stat.x - offset);
-                            total += weight * stat.y;
+                    for (int first = 0; first < item.count; first += together) {
+                        int count = min(together, item.count - first);
+#pragma unroll 1
+                        for (int i = lane; i < count * pieces; i += 32) {
+                            const float *at = first_part + item.slot(first + i / pieces) * part_stride + r * head_dim;
+                            copy_async_16(came + 4 * i, at + column_of(i));
                         }
-#pragma unroll
-                        for (int s = 0; s < in_flight; s++) {
-                            float factor = __shfl_sync(0xffffffffu, weight, first % 32 + s);
+                        copy_async_commit();
+                        float2 stat = stat_of(first + lane, first + count);
+                        if (first == 0) {
+                            highest = stat.x;
+#pragma unroll 1
+                            for (int s = count + lane; s < item.count; s += 32)
+                                highest = fmaxf(highest, stat_of(s, item.count).x);
+                            for (int lanes = 16; lanes > 0; lanes /= 2)
+                                highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, lanes));
+                        }
+                        float weight = exp2_fast(stat.x - (highest == -infinity_float() ? 0 : highest));
+                        total += weight * stat.y;
+                        copy_async_wait<0>();
+                        __syncwarp();
+#pragma unroll 2
+                        for (int s = 0; s < count; s++) {
+                            float factor = __shfl_sync(0xffffffffu, weight, s);
 #pragma unroll
                             for (int piece = 0; piece < own_pieces; piece++) {
-                                values[piece].x += factor * x[s][piece].x, values[piece].y += factor * x[s][piece].y;
-                                values[piece].z += factor * x[s][piece].z, values[piece].w += factor * x[s][piece].w;
+                                float4 x = *(const float4 *)(came + s * HEAD + (lane + 32 * piece) % pieces * 4);
+                                values[piece].x += factor * x.x, values[piece].y += factor * x.y;
+                                values[piece].z += factor * x.z, values[piece].w += factor * x.w;
                             }
                         }
+                        __syncwarp();  // before others come to their place
                     }
                     for (int lanes = 16; lanes > 0; lanes /= 2) total += __shfl_xor_sync(0xffffffffu, total, lanes);
                     float factor = factor_of(r, total, highest);

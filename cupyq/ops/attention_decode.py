@@ -49,9 +49,9 @@ class DecodeConfig:
 
 
 def pick_decode_config(head_dim, arch, k_kind="dense", v_kind="dense"):
-    """Two blocks a multiprocessor where they fit: one starts, and asks for its keys, while the other ends."""
+    """The largest block that fits: the more warps share a block, the fewer parts of their sums are to be added."""
     is_dense = k_kind == v_kind == "dense"
-    choices = [(4, 4)] * (not is_dense) + [(4, 3), (4, 2), (2, 2), (1, 2)]
+    choices = [(8, 2 if is_dense else 3)] * (_padded(head_dim) <= 128) + [(4, 3), (4, 2), (2, 2), (1, 2)]
     configs = [DecodeConfig(*choice) for choice in choices]
     limit = shared_bytes_limit(arch)
     return next(config for config in configs if config.shared_bytes(head_dim, k_kind, v_kind) <= limit)
