@@ -331,6 +331,10 @@ def test_what_is_not_split():
         assert plan.blocks == (264 if splits else 8 * batch)
     q, k = (np.broadcast_to(np.float16(0), (512, size, 8, 64)) for size in (1, 1 << 25))
     assert module.plan_shares(problem_of(q, k), 264).most_shares == 0
+    # Not split, any sequence may have all of the rows.
+    q, k = np.broadcast_to(np.float16(0), (6, 6, 64)), np.broadcast_to(np.float16(0), (4, 32, 2, 64))
+    plan = module.plan_shares(problem_of(q, k, query_starts=int32(0, 2, 2, 4, 6), kv_lengths=int32(13, 24, 29, 14)), 264)
+    assert plan.most_shares == 0 and plan.blocks == 2 * 4 * 2
 
 
 def test_shares_of_an_h100():
@@ -502,6 +506,7 @@ def test_queries_of_different_lengths(cupy, kinds):
         q = (2 * rng.standard_normal((int(starts[-1]), heads, 64))).astype(float16)
         lengths = int32(512, 9, 1, 300)[:batch]
         verify(cupy, q, k, v, query_starts=starts, kv_lengths=lengths)
+        verify(cupy, q, k, v, query_starts=starts, kv_lengths=lengths, window=3)  # so few keys that none are split
         paged_k, table = paged(np.random.default_rng(8), k, 32)
         paged_v, _ = paged(np.random.default_rng(8), v, 32)
         options = {"block_table": table, "query_starts": starts, "kv_lengths": lengths, "window": 77}

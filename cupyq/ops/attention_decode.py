@@ -81,10 +81,8 @@ def plan_shares(problem, resident_blocks, least_tiles=_LEAST_TILES):
     an item; and kv_heads times as many.
     """
     rows = problem.most_queries * problem.group
-    if problem.query_starts is None or problem.batch > _MOST_PLANNED:
-        items = problem.batch * -(-rows // _ROWS)
-    else:
-        items = rows // _ROWS + problem.batch
+    every = problem.batch * -(-rows // _ROWS)  # as if each sequence had all rows, if there are starts
+    items = every if problem.query_starts is None else min(every, rows // _ROWS + problem.batch)
     part_rows = min(rows, _ROWS)
     keys = problem.capacity
     if problem.window is not None:  # that all queries of a sequence see
@@ -92,7 +90,7 @@ def plan_shares(problem, resident_blocks, least_tiles=_LEAST_TILES):
     tiles = _most_tiles(keys)
     most_shares = min(resident_blocks, _COUNTERS) // problem.kv_heads
     if problem.batch > _MOST_PLANNED or tiles <= least_tiles or items * tiles > _MOST_TILES or most_shares < 2:
-        return Plan(items * problem.kv_heads, 0, least_tiles, part_rows, 0, 0)
+        return Plan(every * problem.kv_heads, 0, least_tiles, part_rows, 0, 0)
     blocks = problem.kv_heads * min(most_shares, max(items, -(-items * tiles // least_tiles)))
     return Plan(blocks, most_shares, least_tiles, part_rows, 2 * blocks, blocks)
 
