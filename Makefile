@@ -35,7 +35,7 @@ demo: $(DEMO_STAMP)
 	.venv/bin/python examples/demo.py
 
 test: $(TEST_STAMP)
-	.venv/bin/python -m pytest -q -n $(JOBS)
+	.venv/bin/python -m pytest -q -n $(JOBS) --dist worksteal
 
 check: $(CHECK_STAMP)
 	.venv/bin/ruff check .

@@ -65,7 +65,10 @@ __global__ void __launch_bounds__(32 * warps, warps > 4 || HEAD > 128 ? 1 : 2) a
     static_assert(stage_bytes % 16 == 0, "the ring's stages begin at multiples of 16 bytes");
 
     let_next_kernel_start();
-    if constexpr (!on_tensor_cores<M> || !on_tensor_cores<typename MathType<v_kind, T>::type>) return __trap();
+    if constexpr (!on_tensor_cores<M> || !on_tensor_cores<typename MathType<v_kind, T>::type>) {
+        __trap();
+        __builtin_unreachable();
+    }
 
     extern __shared__ __align__(16) uint8 shared[];
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -136,7 +139,7 @@ __global__ void __launch_bounds__(32 * warps, warps > 4 || HEAD > 128 ? 1 : 2) a
         const Sequence &sequence = segment.sequence;
         ItemRows rows(segment, group, kv_heads);
         Tiles own = tiles_of(segment);
-        if (look == first_look) wait_for_previous_kernel();
+        if (look == first_look) { wait_for_previous_kernel(); }
 
         // --- on their way: queries, and the first of this warp's keys ---
         auto load_keys = [&](int i) {
@@ -221,6 +224,7 @@ __global__ void __launch_bounds__(32 * warps, warps > 4 || HEAD > 128 ? 1 : 2) a
                     if (logits.cap > 0) scores[n][e] = logits.capped(scores[n][e]);
                     if (key < row_keys[e / 2].begin || key >= row_keys[e / 2].end) scores[n][e] = -infinity_float();
                 }
+            float shrink[2];
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 float highest = fmaxf(
@@ -231,17 +235,21 @@ __global__ void __launch_bounds__(32 * warps, warps > 4 || HEAD > 128 ? 1 : 2) a
                 highest = fmaxf(highest, top[half]);
                 // A row that has seen no key yet keeps minus infinity; zero in its place gives weights of 0, not NaN.
                 float offset = highest == -infinity_float() ? 0 : highest * logits.multiplier;
-                float shrink = exp2_fast(fmaf(top[half], logits.multiplier, -offset));
+                shrink[half] = exp2_fast(fmaf(top[half], logits.multiplier, -offset));
                 top[half] = highest;
-                sum[half] *= shrink;
-#pragma unroll
-                for (int n = 0; n < HEAD / 8; n++) acc[n][2 * half] *= shrink, acc[n][2 * half + 1] *= shrink;
+                sum[half] *= shrink[half];
 #pragma unroll
                 for (int n = 0; n < 2; n++)
                     for (int e = 2 * half; e < 2 * half + 2; e++) {
                         scores[n][e] = exp2_fast(fmaf(scores[n][e], logits.multiplier, -offset));
                         sum[half] += scores[n][e];
                     }
+            }
+            // Rarely, once the largest scores were seen.
+            if (__ballot_sync(0xffffffffu, shrink[0] != 1 || shrink[1] != 1)) {
+#pragma unroll
+                for (int n = 0; n < HEAD / 8; n++)
+                    for (int i = 0; i < 4; i++) acc[n][i] *= shrink[i / 2];
             }
             add_values<v_kind, T, HEAD>(acc, scores, stage + KLayout::bytes, halves);
             __syncwarp();  // all lanes are done with the tile, whose place comes free
