@@ -9,10 +9,10 @@ last row counts. Plain SVG, written here: nothing to install.
 """
 
 import argparse
-import json
 from pathlib import Path
 from xml.sax.saxutils import escape
 
+import plot_qmatmul
 from plot_qmatmul import text
 
 ROOT = Path(__file__).parent.parent
@@ -37,21 +37,7 @@ LEFT, TOP, BOTTOM = 22, 118, 56
 
 def read_rows(paths):
     """{(problem, heads, kv_heads, dtype, cache, page_size): row} of the attention rows in the files."""
-    found = {}
-    for path in paths:
-        for number, line in enumerate(Path(path).read_text().splitlines(), 1):
-            try:
-                row = json.loads(line)
-            except ValueError:
-                raise SystemExit(
-                    f"{path}:{number}: not a JSON object; give files that `cupyq bench attention --out` wrote"
-                ) from None
-            if row.get("family") == "attention":
-                key = ("problem", "heads", "kv_heads", "dtype", "cache", "page_size")
-                found[tuple(row[name] for name in key)] = row
-    if not found:
-        raise SystemExit(f"{', '.join(map(str, paths))}: no rows of `cupyq bench attention`")
-    return found
+    return plot_qmatmul.read_rows(paths, "attention", ("problem", "heads", "kv_heads", "dtype", "cache", "page_size"))
 
 
 def shares(found):

@@ -26,8 +26,8 @@ WIDTH, HEIGHT, GAP_X, GAP_Y = 250, 150, 34, 62  # of a panel, and between panels
 LEFT, TOP, RIGHT, BOTTOM = 56, 112, 18, 52
 
 
-def read_rows(paths):
-    """{(K, N, kind, rows): row} of the qmatmul rows in the files."""
+def read_rows(paths, family="qmatmul", key=("k", "n", "bits", "rows")):
+    """{values of the key: row} of a family's rows in the files; the last one counts."""
     found = {}
     for path in paths:
         for number, line in enumerate(Path(path).read_text().splitlines(), 1):
@@ -35,12 +35,12 @@ def read_rows(paths):
                 row = json.loads(line)
             except ValueError:
                 raise SystemExit(
-                    f"{path}:{number}: not a JSON object; give files that `cupyq bench qmatmul --out` wrote"
+                    f"{path}:{number}: not a JSON object; give files that `cupyq bench {family} --out` wrote"
                 ) from None
-            if row.get("family") == "qmatmul":
-                found[row["k"], row["n"], row["bits"], row["rows"]] = row
+            if row.get("family") == family:
+                found[tuple(row[name] for name in key)] = row
     if not found:
-        raise SystemExit(f"{', '.join(map(str, paths))}: no rows of `cupyq bench qmatmul`")
+        raise SystemExit(f"{', '.join(map(str, paths))}: no rows of `cupyq bench {family}`")
     return found
 
 

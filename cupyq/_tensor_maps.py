@@ -15,8 +15,6 @@ from cupyq.errors import BackendError
 
 MAP_BYTES = 128
 PADDING_BYTES = 48
-SWIZZLED_BYTES = 128
-"""The innermost side of a box: eight rows of it are one pattern of the swizzle that wgmma.cuh describes."""
 
 _TYPES = {float16: 6, bfloat16: 9}  # CUtensorMapDataType
 _SWIZZLE_128B, _L2_PROMOTION_256B = 3, 3  # CUtensorMapSwizzle, CUtensorMapL2promotion

@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from conftest import exact_bound
+from kernel_checks import sylvester
 
 from cupyq import _device, _kernels
 from cupyq.errors import UnsupportedError
@@ -64,13 +65,6 @@ def reference_of(q, k, v, *, scale=None, causal=True, window=None, softcap=None,
         table = tables.get("block_table")
         lengths = np.clip(lengths, 0, k.shape[1] * (1 if table is None else table.shape[1]))
     return attention_reference(q, k, v, scale, causal, window, softcap, lengths, **tables)
-
-
-def sylvester(x):
-    """H of the even and of the odd values of each 64, in float64."""
-    matrix = np.array([[(-1.0) ** (r & c).bit_count() for c in range(32)] for r in range(32)])
-    pairs = x.reshape(*x.shape[:-1], -1, 32, 2)
-    return np.einsum("rc,...cp->...rp", matrix, pairs).reshape(x.shape)
 
 
 def stored(cache):

@@ -236,7 +236,7 @@ def test_errors_are_seen_in_every_sampled_row():
 
 def table(lines=None, out=None):
     options = dataclasses.replace(qmatmul.Options.parse("64x96", "4", "1,64"), peers=())
-    return qmatmul.Table(options, LIMITS, None, None, out or open("/dev/null", "w"), lines)
+    return qmatmul.QmatmulTable(options, LIMITS, None, None, out or open("/dev/null", "w"), lines)
 
 
 class Product:
@@ -489,7 +489,7 @@ def test_pairs_and_bytes_are_those_that_are_counted(lengths, queries, window):
     assert case.moved_bytes() == tokens * 2 * 2 * 64 * 2 + result
 
 
-@pytest.mark.parametrize("kind", attention.KINDS)
+@pytest.mark.parametrize("kind", attention.CACHE_KINDS)
 def test_bytes_of_a_value_are_those_of_the_arrays(numpy_for_cupy, kind):
     case = problem([64], head_dim=128)
     ((k, v),) = attention.Caches(case, float16, kind, copies=1).pairs
@@ -593,7 +593,7 @@ def test_random_values_of_other_places_differ(numpy_for_cupy, monkeypatch):
 
 
 SMALL = [
-    (problem([256]), [(kind, False) for kind in attention.KINDS] + [("fp16", True)]),
+    (problem([256]), [(kind, False) for kind in attention.CACHE_KINDS] + [("fp16", True)]),
     (problem([256, 1, 77]), [("fp16", False), ("fp16", True), ("q4", True), ("q6", True)]),
     (problem([64], 64), [("fp16", False), ("e4m3", True)]),
     (problem([128], 128, window=50), [("fp16", True)]),

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import json
 import math
 import sys
 from dataclasses import dataclass
@@ -12,20 +11,13 @@ import numpy as np
 from cupyq import _device, _kernels
 from cupyq._arrays import bfloat16, first_line, float16, float32, int32, require_cupy
 from cupyq.bench import peers
-from cupyq.bench.limits import Limits, measure_limits
+from cupyq.bench.limits import measure_limits
+from cupyq.bench.table import Table, finite
 from cupyq.bench.timing import COLD_FACTOR, cold_copies, graph_microseconds, loops_for
+from cupyq.layers.cache import CACHE_KINDS
 from cupyq.ops.attention import attention, attention_workspace_size
 from cupyq.ops.kv_codec import CacheCodes, kv_decode, kv_encode
 
-KINDS = {
-    "fp16": (None, None),
-    "fp8": ("fp8", "fp8"),
-    "e4m3": ("e4m3", "e4m3"),
-    "q4": ("q4", "q4"),
-    "q6": ("q8", "q4"),
-    "q8": ("q8", "q8"),
-}
-"""Codes of keys and of values; fp16 stands for arrays of the queries' own dtype."""
 PEERS = ("flash", "cudnn")
 PAGE_SIZE = 256
 WINDOW = 4096
@@ -87,7 +79,7 @@ class Problem:
         most = math.inf if self.window is None else self.queries + self.window - 1
         tokens = sum(min(length, most) for length in self.lengths)
         values = tokens * self.kv_heads * self.head_dim
-        cached = sum(values * value_bytes(codes, self.head_dim) for codes in KINDS[kind])
+        cached = sum(values * value_bytes(codes, self.head_dim) for codes in CACHE_KINDS[kind])
         return int(cached) + 2 * 2 * self.batch * self.queries * self.heads * self.head_dim
 
 
@@ -104,7 +96,7 @@ class Options:
     kv_heads: int = 8
     head_dim: int = 128
     dtype: np.dtype = float16
-    kinds: tuple[str, ...] = tuple(KINDS)
+    kinds: tuple[str, ...] = tuple(CACHE_KINDS)
     peers: tuple[str, ...] = PEERS
     is_quick: bool = False
 
@@ -119,12 +111,12 @@ class Options:
         for peer in chosen:
             if peer not in PEERS:
                 raise ValueError(f"--peers: {peer!r} is not one of {', '.join(PEERS)}, none")
-        kinds = ("fp16", "q4") if is_quick else tuple(KINDS)
+        kinds = ("fp16", "q4") if is_quick else tuple(CACHE_KINDS)
         kinds = kinds if caches is None else tuple(caches.split(","))
         for kind in kinds:
-            if kind not in KINDS:
-                raise ValueError(f"--cache: {kind!r} is not one of {', '.join(KINDS)}")
-            if head_dim % 64 and {"q4", "q8"} & set(KINDS[kind]):
+            if kind not in CACHE_KINDS:
+                raise ValueError(f"--cache: {kind!r} is not one of {', '.join(CACHE_KINDS)}")
+            if head_dim % 64 and {"q4", "q8"} & set(CACHE_KINDS[kind]):
                 raise ValueError(f"--cache: {kind} needs a head size that is a multiple of 64, got --head-dim {head_dim}")
         dtype = {"float16": float16, "bfloat16": bfloat16}[dtype]
         return cls(heads, kv_heads, head_dim, dtype, kinds, chosen, is_quick)
@@ -139,7 +131,7 @@ class Options:
             return problem([length], length, **options)
 
         plain, paged, q4 = ("fp16", False), ("fp16", True), ("q4", False)
-        every = [(kind, False) for kind in KINDS]
+        every = [(kind, False) for kind in CACHE_KINDS]
         table = [
             (problem([4096]), [*every, paged]),
             (problem([4096] * 16), [*every, paged, ("q4", True)]),
@@ -217,7 +209,7 @@ class Caches:
         if copies is None:
             copies = 1 if moved > COLD_FACTOR * _device.current().l2_bytes else cold_copies(moved)
         self.pairs = [
-            tuple(self._made(shape, codes, begin) for codes, begin in zip(KINDS[kind], (0, 1 << 20), strict=True))
+            tuple(self._made(shape, codes, begin) for codes, begin in zip(CACHE_KINDS[kind], (0, 1 << 20), strict=True))
             for _ in range(copies)
         ]
 
@@ -343,11 +335,11 @@ def run(options, out=None, lines=None):
     out = sys.stdout if out is None else out
     torch = peers.torch_or_none() if options.peers else None
     limits = measure_limits()
-    table = Table(options, limits, torch, out, lines)
+    table = AttentionTable(options, limits, torch, out, lines)
     compile_ahead(options)
     for problem, variants in options.table():
         table.measure_problem(problem, variants)
-        free_memory()
+        peers.free_memory()
     return table.rows, table.is_right
 
 
@@ -362,7 +354,7 @@ def compile_ahead(options):
                     if kind != "fp16":
                         caches.sequence(0)  # decodes it
                 caches = None
-                free_memory()
+                peers.free_memory()
     _kernels.compile_all([instance for instance, _ in wanted], _device.current().arch, "compiling for the benchmark")
 
 
@@ -370,25 +362,13 @@ def random_queries(problem, dtype):
     return random_values((problem.batch, problem.queries, problem.heads, problem.head_dim), dtype, 1 << 21)
 
 
-def free_memory():
-    require_cupy().get_default_memory_pool().free_all_blocks()
-    peers.empty_torch_cache()
-
-
-class Table:
-    """Rows as they are measured: printed, kept, and written to a file."""
+class AttentionTable(Table):
+    """The rows of every problem and cache."""
 
     columns = (
         f"{'problem':<24} {'cache':>10} {'us':>9} {'rate':>12} {'limit us':>9} {'share':>6} "
         f"{'flash':>6} {'cuDNN':>6} {'of fp16':>7} {'error':>8}"
     )
-
-    def __init__(self, options: Options, limits: Limits, torch, out, lines):
-        self.options, self.limits, self.torch = options, limits, torch
-        self.out, self.lines = out, lines
-        self.rows: list[dict] = []
-        self.is_right = True
-        print(f"{limits}\n{self.columns}", file=out, flush=True)
 
     def measure_problem(self, problem, variants):
         """The rows of one problem. Peers, and what each variant is compared with: arrays that lie in a row, in this run."""
@@ -404,7 +384,7 @@ class Table:
         if ("fp16", False) in variants:
             self._add(problem, "fp16", False, plain_us, plain_us, shared, error)
         del plain
-        free_memory()
+        peers.free_memory()
         for kind, is_paged in variants:
             if (kind, is_paged) != ("fp16", False):
                 try:
@@ -412,7 +392,7 @@ class Table:
                     self._add(problem, kind, is_paged, us, plain_us, shared, error)
                 except Exception as error:
                     self._fail(f"{problem.name}, {cache_name(kind, is_paged)}", error)
-                free_memory()
+                peers.free_memory()
 
     def _fail(self, name, error):
         self.is_right = False
@@ -434,7 +414,7 @@ class Table:
                 other = peers.TorchAttention(self.torch, peer, q, plain.pairs, problem.lengths, problem.window)
                 if not other.has_kernel:
                     continue
-                found[f"{peer}_error"] = _finite(exact.error(other.output()))
+                found[f"{peer}_error"] = finite(exact.error(other.output()))
                 found[f"{peer}_us"] = other.microseconds(2 * self._limit(problem, "fp16"))
             except Exception as error:  # it refuses some shapes, and its private functions change
                 print(f"torch {peer}, {problem.name}: {first_line(error)}", file=sys.stderr, flush=True)
@@ -464,18 +444,9 @@ class Table:
             "limit_us": limit_us,
             "share": limit_us / us,
             "of_fp16": us / plain_us,
-            "error": _finite(error),
+            "error": finite(error),
         } | shared
-        self.is_right &= is_right
-        self.rows.append(row)
-        print(table_line(row) + ("" if is_right else "  WRONG"), file=self.out, flush=True)
-        if self.lines is not None:
-            print(json.dumps(row), file=self.lines, flush=True)
-
-
-def _finite(error):
-    """As JSON can hold it."""
-    return error if math.isfinite(error) else None
+        self.add(row, table_line(row), is_right)
 
 
 def cache_name(kind, is_paged):

@@ -280,6 +280,12 @@ class Exllamav2:
         self.handles, self.kept = [], []
 
 
+def free_memory():
+    """What CuPy and PyTorch keep for later."""
+    require_cupy().get_default_memory_pool().free_all_blocks()
+    empty_torch_cache()
+
+
 def empty_torch_cache():
     """Hand PyTorch's unused GPU memory back, for CuPy to have."""
     torch = sys.modules.get("torch")

@@ -1,6 +1,5 @@
 """`cupyq bench qmatmul`: quantized products of every width, against the limit and the peers."""
 
-import json
 import math
 import sys
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from cupyq._arrays import bfloat16, first_line, float16, float32, require_cupy
 from cupyq.bench import peers
 from cupyq.bench.limits import Limits, measure_limits
 from cupyq.bench.random_matrices import Kind, Words, parse_kind, random_tensors, words_needed
+from cupyq.bench.table import Table, finite
 from cupyq.bench.timing import cold_copies, graph_microseconds, loops_for
 from cupyq.ops import QMatrix, matmul, qmatmul, qmatmul_workspace_size, reconstruct
 from cupyq.ops.qmatmul_config import COUNTERS
@@ -161,11 +161,11 @@ def run(options, out=None, lines=None):
     if options.exllamav2 and extension is None:
         raise ValueError("--exllamav2: needs PyTorch with a GPU and exllamav2 among --peers")
     limits = measure_limits()
-    table = Table(options, limits, torch, extension, out, lines)
+    table = QmatmulTable(options, limits, torch, extension, out, lines)
     compile_ahead(options)
     for k, n in options.shapes:
         table.measure_shape(k, n)
-        free_memory()
+        peers.free_memory()
     return table.rows, table.is_right
 
 
@@ -183,17 +183,12 @@ def compile_ahead(options):
                 for rows in options.rows:
                     products.product(x[:rows], products.matrices[0])
             del words, x, tensors, products
-            free_memory()
+            peers.free_memory()
     _kernels.compile_all([instance for instance, _ in wanted], _device.current().arch, "compiling for the benchmark")
 
 
-def free_memory():
-    require_cupy().get_default_memory_pool().free_all_blocks()
-    peers.empty_torch_cache()
-
-
-class Table:
-    """Rows as they are measured: printed, kept, and written to a file."""
+class QmatmulTable(Table):
+    """The rows of every shape, kind and number of rows."""
 
     columns = (
         f"{'K x N':>13} {'bits':>9} {'rows':>5} {'us':>9} {'rate':>12} {'limit us':>9} {'share':>6} "
@@ -201,11 +196,8 @@ class Table:
     )
 
     def __init__(self, options: Options, limits: Limits, torch, extension, out, lines):
-        self.options, self.limits, self.torch, self.extension = options, limits, torch, extension
-        self.out, self.lines = out, lines
-        self.rows: list[dict] = []
-        self.is_right = True
-        print(f"{limits}\n{self.columns}", file=out, flush=True)
+        super().__init__(options, limits, torch, out, lines)
+        self.extension = extension
 
     def measure_shape(self, k, n):
         cupy, options = require_cupy(), self.options
@@ -213,14 +205,14 @@ class Table:
         x = random_rows(max(options.rows), k, options.dtype, cupy)
         half = x if x.dtype == float16 else cupy.asarray(x.get().astype(float16))  # exllamav2 takes nothing else
         shared = self._shape_peers(k, n, x)
-        free_memory()
+        peers.free_memory()
         for kind in options.kinds:
             try:
                 self._measure_kind(kind, k, n, random_tensors(kind, k, n, words, cupy), x, half, shared)
             except Exception as error:  # whatever it is, the other rows are worth having
                 self.is_right = False
                 print(f"{k}x{n}, {kind.name}: {type(error).__name__}: {first_line(error)}", file=sys.stderr, flush=True)
-            free_memory()
+            peers.free_memory()
 
     def _measure_kind(self, kind, k, n, tensors, x, half, shared):
         products = Products(kind, k, n, tensors, self.options.rows, x.dtype)
@@ -286,25 +278,13 @@ class Table:
             "cublas_us": shared.get("cublas_us"),
             "int4_us": shared.get("int4_us"),
             "exllamav2_us": None,
-            "error": _finite(error),
+            "error": finite(error),
             "exllamav2_error": None,
         }
         if other is not None:
-            row["exllamav2_error"] = _finite(exact.error(other.product(half)))
+            row["exllamav2_error"] = finite(exact.error(other.product(half)))
             row["exllamav2_us"] = other.microseconds(half, limit_us)
-        self._add(row, is_right=error <= ALLOWED_ERROR[x.dtype])
-
-    def _add(self, row, is_right):
-        self.is_right &= is_right
-        self.rows.append(row)
-        print(table_line(row) + ("" if is_right else "  WRONG"), file=self.out, flush=True)
-        if self.lines is not None:
-            print(json.dumps(row), file=self.lines, flush=True)
-
-
-def _finite(error):
-    """As JSON can hold it."""
-    return error if math.isfinite(error) else None
+        self.add(row, table_line(row), is_right=error <= ALLOWED_ERROR[x.dtype])
 
 
 def table_line(row):

@@ -14,7 +14,8 @@ import sys
 from cupyq import _device, _kernels
 from cupyq._arrays import require_cupy
 from cupyq.bench.limits import measure_limits
-from cupyq.bench.qmatmul import ALLOWED_ERROR, Exact, Products, free_memory, product_flops, random_rows
+from cupyq.bench.peers import free_memory
+from cupyq.bench.qmatmul import ALLOWED_ERROR, Exact, Products, product_flops, random_rows
 from cupyq.bench.random_matrices import Words, random_tensors, words_needed
 from cupyq.ops.qmatmul_config import candidate_configs, current_problem, pick_config
 

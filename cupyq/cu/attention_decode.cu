@@ -9,7 +9,7 @@
 //             `stages` tiles, and join through shared memory. Of an item that is split each block leaves (sum of weight * V,
 //             top, sum of weights) per row in `parts`; the last one to arrive adds them in order.
 //             While the kernel before this one still works, blocks find their share and ask for its first keys to come into
-//             L2. Afterwards they load by what they found, and find it again while the keys come: tables may have changed.
+//             L2. Afterwards they load by what they found, and compare the tables while the keys come: they may have changed.
 // Numerics    as attention_prefill; codes as float16 (kv_tile.cuh); the joins of warps and parts are fp32 in a fixed order:
 //             same bits every run.
 // Limits      head_dim a multiple of 8, HEAD that rounded up to 16, at most 256; codes: a multiple of 64, pages of 2 tokens or

@@ -25,7 +25,8 @@ from cupyq.ops import attention_decode, attention_wgmma
 from cupyq.ops._common import float64, is_checking, refuse_overlap
 from cupyq.ops.attention_decode import attention_workspace_size
 from cupyq.ops.attention_problem import AttentionProblem
-from cupyq.ops.kv_codec import CacheCodes
+from cupyq.ops.kv_append import parts_of
+from cupyq.ops.kv_codec import CacheCodes, cache_arrays
 
 __all__ = ["attention", "attention_reference", "attention_workspace_size", "kv_length_bucket", "pick_kernel"]
 
@@ -76,9 +77,8 @@ def attention(
     page 0, as checking would wait for the GPU. NumPy refuses them; so does the GPU where the environment says
     CUPYQ_CHECK=1, but not while a graph is captured.
 
-    max_kv_length is a bound of kv_lengths known to the host: it only decides over how many blocks the keys of few
-    queries may be spread. It is rounded up by `kv_length_bucket`, so that all lengths of a bucket take the same launch; the
-    bits are the same for every bound that holds, and longer lengths remain correct. `workspace`, float32
+    max_kv_length is a bound of kv_lengths known to the host, rounded up by `kv_length_bucket`; the bits are the same for every
+    bound that holds, and longer lengths remain correct. `workspace`, float32
     [attention_workspace_size(head_dim)] or larger, is scratch memory, zero when first used; it may serve any calls one
     after the other, as its counters are zero again after each. With it and `out` nothing is allocated.
 
@@ -101,7 +101,7 @@ def attention(
         check(workspace, "workspace", dtype=float32, ndim=1, writes=True)
     out = output(xp, out, q.shape, q.dtype)
     refuse_partial_overlap(out, q=q)
-    refuse_overlap(out, "out", **_memory("k", k), **_memory("v", v), **tables, workspace=workspace)
+    refuse_overlap(out, "out", **cache_arrays(k=k, v=v), **tables, workspace=workspace)
     if q.size == 0:
         return out
     if xp is np:
@@ -201,11 +201,6 @@ def _check_cache(array, name, dtype, shape):
     if len(array.shape) != 4 or any(s not in (None, t) for s, t in zip(shape, array.shape, strict=True)):
         expected = ", ".join("any" if s is None else str(s) for s in shape)
         raise ValueError(f"{name} must have shape ({expected}), got {array.shape}")
-
-
-def _memory(name, array):
-    """The arrays that k or v lies in, by name."""
-    return {f"{name}.codes": array.codes, f"{name}.scales": array.scales} if isinstance(array, CacheCodes) else {name: array}
 
 
 def _check_tables(problem, q, kv_lengths, block_table, query_starts):
@@ -351,7 +346,7 @@ def _padded(head_dim, multiple):
 
 def _launch_attention(problem, q, k, v, out, workspace):
     has_codes = isinstance(k, CacheCodes) or isinstance(v, CacheCodes)
-    arrays = (q, *_memory("k", k).values(), *_memory("v", v).values(), out)
+    arrays = (q, *cache_arrays(k=k, v=v).values(), out)
     is_aligned = all(a is None or byte_bounds(a)[0] % 16 == 0 for a in arrays)
     page_size = problem.page_size if problem.is_paged else None
     arch = _device.current().arch
@@ -363,7 +358,7 @@ def _launch_attention(problem, q, k, v, out, workspace):
     if kernel == "decode":
         attention_decode.launch(problem, q, k, v, out, workspace)
     elif kernel == "wgmma":
-        attention_wgmma.launch(problem, q, k, v, out, workspace)
+        attention_wgmma.launch(problem, q, k, v, out)
     elif kernel == "prefill":
         _launch_prefill(problem, q, k, v, out)
     else:
@@ -372,7 +367,7 @@ def _launch_attention(problem, q, k, v, out, workspace):
 
 def _launch_prefill(problem, q, k, v, out):
     config = pick_prefill_config(problem.head_dim, _device.current().arch)
-    wanted = _prefill_instance(q.dtype, problem.head_dim, config, _kind(k), _kind(v))
+    wanted = _prefill_instance(q.dtype, problem.head_dim, config, parts_of(k)[0], parts_of(v)[0])
     shared = config.shared_bytes(problem.head_dim)
     launch(wanted, _grid(problem, 16 * config.warps), (32 * config.warps,), _arguments(problem, q, k, v, out), shared)
 
@@ -380,7 +375,7 @@ def _launch_prefill(problem, q, k, v, out):
 def _launch_simple(problem, q, k, v, out):
     padded = _padded(problem.head_dim, 32)
     shared = 4 * (_SIMPLE_ROWS * padded + 32 * (padded + 4) + _SIMPLE_ROWS * 32)
-    wanted = _simple_instance(q.dtype, problem.head_dim, _kind(k), _kind(v))
+    wanted = _simple_instance(q.dtype, problem.head_dim, parts_of(k)[0], parts_of(v)[0])
     launch(wanted, _grid(problem, _SIMPLE_ROWS), (128,), _arguments(problem, q, k, v, out), shared)
 
 
@@ -398,22 +393,14 @@ def _arguments(problem, q, k, v, out):
     page_shift = problem.page_size.bit_length() - 1 if problem.is_paged else 0
     return (
         q,
-        *_values_and_scales(k),
-        *_values_and_scales(v),
+        *parts_of(k)[1:],
+        *parts_of(v)[1:],
         *(problem.kv_lengths, problem.block_table, problem.query_starts, problem.sinks),
         out,
         *map(np.int32, (*sizes, page_shift, problem.max_pages, problem.pages)),
         *map(np.int32, (problem.causal, problem.kernel_window)),
         *map(np.float32, (problem.scale, problem.kernel_softcap)),
     )
-
-
-def _kind(array):
-    return array.kind if isinstance(array, CacheCodes) else "dense"
-
-
-def _values_and_scales(array):
-    return (array.codes, array.scales) if isinstance(array, CacheCodes) else (array, None)
 
 
 def _simple_instance(dtype, head_dim, k_kind="dense", v_kind="dense"):

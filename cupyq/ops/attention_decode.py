@@ -10,6 +10,7 @@ from cupyq._device import shared_bytes_limit
 from cupyq._kernels import instance
 from cupyq._kernels import launch as launch_kernel
 from cupyq.errors import UnsupportedError
+from cupyq.ops.kv_append import parts_of
 from cupyq.ops.kv_codec import CacheCodes
 
 _ROWS = 16  # of one mma tile
@@ -140,15 +141,16 @@ def launch(problem, q, k, v, out, workspace, *, config=None, plan=None, ahead_ti
             f"got {problem.head_dim} and {problem.page_size}: decode the cache first"
         )
     device = _device.current()
-    config = config or pick_decode_config(problem.head_dim, device.arch, _kind(k), _kind(v))
+    (k_kind, *k_parts), (v_kind, *v_parts) = parts_of(k), parts_of(v)
+    config = config or pick_decode_config(problem.head_dim, device.arch, k_kind, v_kind)
     if plan is None:
-        per_sm = config.blocks_per_sm(problem.head_dim, device.arch, _kind(k), _kind(v))
+        per_sm = config.blocks_per_sm(problem.head_dim, device.arch, k_kind, v_kind)
         plan = plan_shares(problem, per_sm * device.sm_count)
     parts, arrived = _parts(q, plan, problem.head_dim, workspace) if plan.parts else (None, None)
     arguments = (
         q,
-        *_values_and_scales(k),
-        *_values_and_scales(v),
+        *k_parts,
+        *v_parts,
         *(problem.kv_lengths, problem.block_table, problem.query_starts, problem.sinks),
         out,
         parts,
@@ -160,8 +162,8 @@ def launch(problem, q, k, v, out, workspace, *, config=None, plan=None, ahead_ti
         *map(np.float32, (problem.scale, problem.kernel_softcap)),
         *map(np.int32, (plan.most_shares, plan.least_tiles, plan.part_rows, ahead_tiles)),
     )
-    shared = config.shared_bytes(problem.head_dim, _kind(k), _kind(v))
-    wanted = _decode_instance(q.dtype, problem.head_dim, config, _kind(k), _kind(v))
+    shared = config.shared_bytes(problem.head_dim, k_kind, v_kind)
+    wanted = _decode_instance(q.dtype, problem.head_dim, config, k_kind, v_kind)
     launch_kernel(wanted, (plan.blocks,), (32 * config.warps,), arguments, shared)
 
 
@@ -178,14 +180,6 @@ def _parts(q, plan, head_dim, workspace):
     if byte_bounds(workspace)[0] % 16:
         raise ValueError("workspace must begin at a multiple of 16 bytes: pass a whole array, not a slice from its middle")
     return workspace[_COUNTERS:], workspace[:_COUNTERS]
-
-
-def _kind(array):
-    return array.kind if isinstance(array, CacheCodes) else "dense"
-
-
-def _values_and_scales(array):
-    return (array.codes, array.scales) if isinstance(array, CacheCodes) else (array, None)
 
 
 def _decode_instance(dtype, head_dim, config, k_kind="dense", v_kind="dense"):

@@ -61,11 +61,10 @@ def pick_attention_wgmma_config(head_dim):
     return _CONFIGS[head_dim]
 
 
-def launch(problem, q, k, v, out, workspace=None, *, config=None):
+def launch(problem, q, k, v, out, *, config=None):
     """out = attention of an AttentionProblem, on sm_90a; nothing is checked.
 
     q, k, v and out are arrays of one 16-bit dtype that begin at multiples of 16 bytes, `supports` the sizes. out may be q.
-    workspace is not needed.
     """
     p = problem
     config = pick_attention_wgmma_config(p.head_dim) if config is None else config
