@@ -356,15 +356,17 @@ def test_tiles_fit_every_gpu(arch):
         config = module.pick_decode_config(head_dim, arch)
         assert config.shared_bytes(head_dim) <= limit and config.stages >= 2
     for head_dim, kinds in itertools.product((64, 128, 192, 256), KINDS):
-        config = module.pick_decode_config(head_dim, arch, *kinds)
-        assert config.shared_bytes(head_dim, *kinds) <= limit and config.stages >= 2
+        for has_many_items in (False, True):
+            config = module.pick_decode_config(head_dim, arch, *kinds, has_many_items=has_many_items)
+            assert config.shared_bytes(head_dim, *kinds) <= limit and config.stages >= 2
 
 
 def test_blocks_of_an_h100_live_together():
-    """228 KiB, of which 1 KiB a block is the system's: one of the chosen blocks, two of four warps."""
+    """228 KiB, of which 1 KiB a block is the system's: one of eight warps for few items, two of four warps for many."""
     for kinds in (("dense", "dense"), *KINDS):
-        chosen, four = module.pick_decode_config(128, "sm_90a", *kinds), module.DecodeConfig(4, 3)
-        assert chosen.warps == 8 and chosen.blocks_per_sm(128, "sm_90a", *kinds) == 1
+        chosen = module.pick_decode_config(128, "sm_90a", *kinds)
+        four = module.pick_decode_config(128, "sm_90a", *kinds, has_many_items=True)
+        assert four.warps == 4 and chosen.warps == 8 and chosen.blocks_per_sm(128, "sm_90a", *kinds) == 1
         assert 2 * (four.shared_bytes(128, *kinds) + 1024) <= 228 * 1024 and four.blocks_per_sm(128, "sm_90a", *kinds) == 2
     assert module.DecodeConfig(4, 6).blocks_per_sm(128, "sm_90a") == 1
     assert module.DecodeConfig(4, 2).blocks_per_sm(256, "sm_90a") == module.DecodeConfig(2, 2).blocks_per_sm(128, "sm_75") == 1
@@ -547,7 +549,7 @@ def test_many_shares(cupy, kinds):
 def test_blocks_with_several_segments(cupy, kinds):
     """Several sequences a lane, some without keys, some without queries, and items of two row tiles: shares begin anywhere."""
     rng = np.random.default_rng(17)
-    for batch, capacity, most in ((70, 160, 9), (33, 400, 3), (2, 900, 40)):
+    for batch, capacity, most in ((70, 160, 9), (33, 400, 3), (2, 900, 40), (300, 90, 3)):
         counts = rng.integers(0, most, batch)
         starts = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
         q, k, v = make(rng, float16, batch, 1, capacity, 8, 2, 64, kinds=kinds)

@@ -49,10 +49,14 @@ class DecodeConfig:
         return 2 if is_small and 2 * (self.shared_bytes(head_dim, k_kind, v_kind) + 1024) <= limit + 1024 else 1
 
 
-def pick_decode_config(head_dim, arch, k_kind="dense", v_kind="dense"):
-    """The largest block that fits: the more warps share a block, the fewer parts of their sums are to be added."""
-    is_dense = k_kind == v_kind == "dense"
-    choices = [(8, 2 if is_dense else 3)] * (_padded(head_dim) <= 128) + [(4, 3), (4, 2), (2, 2), (1, 2)]
+def pick_decode_config(head_dim, arch, k_kind="dense", v_kind="dense", *, has_many_items=False):
+    """The largest block that fits: the more warps share a block, the fewer parts of their sums are to be added.
+
+    With many more items than multiprocessors most of a block's time goes into whole items, and a block of four warps leaves
+    room for a second one that loads while the first ends an item (docs/measured.md).
+    """
+    eight = (8, 2 if k_kind == v_kind == "dense" else 3)
+    choices = [eight] * (_padded(head_dim) <= 128 and not has_many_items) + [(4, 3), (4, 2), (2, 2), (1, 2)]
     configs = [DecodeConfig(*choice) for choice in choices]
     limit = shared_bytes_limit(arch)
     return next(config for config in configs if config.shared_bytes(head_dim, k_kind, v_kind) <= limit)
@@ -142,7 +146,9 @@ def launch(problem, q, k, v, out, workspace, *, config=None, plan=None, ahead_ti
         )
     device = _device.current()
     (k_kind, *k_parts), (v_kind, *v_parts) = parts_of(k), parts_of(v)
-    config = config or pick_decode_config(problem.head_dim, device.arch, k_kind, v_kind)
+    if config is None:
+        has_many_items = problem.batch * problem.kv_heads >= 2 * device.sm_count
+        config = pick_decode_config(problem.head_dim, device.arch, k_kind, v_kind, has_many_items=has_many_items)
     if plan is None:
         per_sm = config.blocks_per_sm(problem.head_dim, device.arch, k_kind, v_kind)
         plan = plan_shares(problem, per_sm * device.sm_count)
@@ -187,11 +193,12 @@ def _decode_instance(dtype, head_dim, config, k_kind="dense", v_kind="dense"):
 
 
 def _instances(arch):
-    for dtype in (float16, bfloat16):
-        for head_dim in (64, 128):
-            yield _decode_instance(dtype, head_dim, pick_decode_config(head_dim, arch))
-    for kinds in (("fp8", "fp8"), ("e4m3", "e4m3"), ("q4", "q4"), ("q8", "q4"), ("q8", "q8")):
-        yield _decode_instance(float16, 128, pick_decode_config(128, arch, *kinds), *kinds)
+    calls = [(dtype, head_dim, "dense", "dense") for dtype in (float16, bfloat16) for head_dim in (64, 128)]
+    of_codes = (("fp8", "fp8"), ("e4m3", "e4m3"), ("q4", "q4"), ("q8", "q4"), ("q8", "q8"))
+    for dtype, head_dim, *kinds in calls + [(float16, 128, *kinds) for kinds in of_codes]:
+        for has_many_items in (False, True):
+            config = pick_decode_config(head_dim, arch, *kinds, has_many_items=has_many_items)
+            yield _decode_instance(dtype, head_dim, config, *kinds)
 
 
 INSTANCES = list(_instances("sm_90a"))
