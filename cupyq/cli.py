@@ -1,4 +1,4 @@
-"""The command line: `cupyq doctor | inspect | generate | perplexity | compile | bench`, also as `python -m cupyq`.
+"""The command line: `cupyq doctor | inspect | generate | perplexity | quantize | compile | bench`, or `python -m cupyq`.
 
 With --json the last line of stdout is one JSON object and everything else goes to stderr. Errors are one line on stderr and
 exit code 2. Heavy modules are imported inside the commands: `cupyq --help` loads neither NumPy nor CuPy.
@@ -12,6 +12,7 @@ import os
 import sys
 
 from cupyq.bench import arguments as bench_arguments
+from cupyq.quantize import arguments as quantize_arguments
 
 EXAMPLES = """\
 examples:
@@ -22,6 +23,7 @@ examples:
   cupyq generate MODEL --prompt "Dear" --lora STYLE=0.8   with a LoRA adapter, a PEFT folder
   cupyq perplexity MODEL --text val.txt --reference FP16  what quantizing cost
   cupyq perplexity MODEL --text val.txt --cache q4        what a cache of 4 bits costs
+  cupyq quantize FP16 OUT --bits 3 --calibration wiki.txt an EXL2 model of 3 bits per weight
   cupyq compile --arch sm_80 sm_90a                       fill the kernel cache, also without a GPU
   cupyq bench qmatmul --bits 4 --rows 1,16                products with quantized weights, against the limit
   cupyq bench attention --quick                           decoding and prompts over plain and quantized caches
@@ -132,6 +134,9 @@ def build_parser():
     sub.add_argument("--max-windows", type=_whole(1), metavar="N", help="stop after N windows; default: the whole text")
     sub.add_argument("--reference", metavar="MODEL2", help="model to compare with, for KL divergence and top-1 agreement")
     cache_argument(sub, "go token by token through a cache of this kind; default: whole windows, without one")
+
+    sub = command("quantize", _quantize, "quantize a model: EXL2 of any number of bits, or GPTQ")
+    quantize_arguments.add_arguments(sub, _whole)
 
     sub = command("compile", _compile, "compile the kernels ahead of their first use")
     sub.add_argument("--arch", nargs="+", metavar="ARCH", help="such as sm_80 sm_90a; default: this machine's GPU")
@@ -390,6 +395,12 @@ def _perplexity(arguments):
         "kl": measured.kl,
         "top1": measured.top1,
     }, 0
+
+
+def _quantize(arguments):
+    from cupyq.quantize.command import run
+
+    return run(arguments)
 
 
 def _inspect(arguments):

@@ -27,6 +27,7 @@ KEYS = {
     "inspect": {"architecture", "format", "bits_per_weight", "parameters", "layers"},
     "generate": {"backend", "prompt_tokens", "tokens", "text", "prefill_tokens_per_s", "decode_tokens_per_s"},
     "perplexity": {"perplexity", "tokens", "kl", "top1"},
+    "quantize": {"bits_per_weight", "seconds", "comparison", "layers"},
     "compile": {"kernels", "seconds"},
     "bench": {"rows"},
 }

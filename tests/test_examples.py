@@ -30,7 +30,8 @@ def largest_error(text):
 def test_every_example_is_run_here():
     names = {path.stem for path in EXAMPLES.glob("*.py")}
     ops = {"ops_numpy", "ops_torch", "ops_jax"}
-    assert names == ops | {"torch_quant_linear", "inspect_checkpoint", "lora", "graph_decoder", "cache_kinds", "demo"}
+    others = {"torch_quant_linear", "inspect_checkpoint", "lora", "graph_decoder", "cache_kinds", "demo", "quantize_model"}
+    assert names == ops | others
 
 
 def test_ops_numpy(tmp_path):
@@ -83,6 +84,14 @@ def check_cache_kinds(text, bytes_of_fp16):
 
 def test_cache_kinds(tmp_path):
     check_cache_kinds(run("cache_kinds", tmp_path, "--backend", "numpy"), 4096)  # NumPy's models are float32
+
+
+def test_quantize_model(tmp_path):
+    text = run("quantize_model", tmp_path, "--backend", "numpy", "--out", str(tmp_path / "out"))
+    bits, kl = (float(re.search(rf"^{name} +([\d.]+)", text, re.MULTILINE)[1]) for name in ("bits", "KL"))
+    assert 3.4 < bits <= 3.5 and 0 < kl < 0.05
+    assert "... 22 more, in out/quantization.md" in text and "\nROMEO:\n" in text
+    assert f"bits        {bits:.4f}" in (tmp_path / "out/quantization.md").read_text()
 
 
 def perplexities(text):

@@ -394,9 +394,12 @@ def test_no_stray_words():
 
 
 def test_every_test_file_has_something_to_test():
-    """test_<name>.py belongs to a module, a kernel or a folder of the package, or to more than one, as those named here."""
+    """test_<name>.py belongs to a module, a kernel or a folder of the package, or to more than one, as those named here.
+
+    Modules whose names say little outside of their folder have it before them, as test_<folder>_<module>.py.
+    """
     stems = {path.stem.lstrip("_") for path in PACKAGE.rglob("*")}
-    stems |= {f"ext_{path.stem.lstrip('_')}" for path in (PACKAGE / "ext").glob("*.py")}
+    stems |= {f"{folder}_{path.stem.lstrip('_')}" for folder in ("ext", "quantize") for path in (PACKAGE / folder).glob("*.py")}
     tests = {path.stem.removeprefix("test_") for path in (ROOT / "tests").glob("test_*.py")}
     assert tests - stems - {"repo", "examples", "golden", "blocks", "ext_hostile", "qmatmul_before"} == set()
 

@@ -148,6 +148,15 @@ def quantizing(dtype):
         ops.quantize_range(x, quant, error, scale, u, 8, 15, 3, rows - 7, codes=codes)
         ops.quantize_range(x, quant, error, scale, u, 8, 15, rows - 1, rows)
         ops.quantize_range_inplace(x, scale, 8, 15, 1, rows, codes=codes)
+    for rows, n in ((1, 1), (32, 31), (41, 97), (64, 300), (128, 8200)):
+        target, weights, factor = array(rows, n), cupy.abs(array(rows)), array(rows, rows) * 0.1
+        for bits in (2, 3, 4, 8) if n < 1000 else (6,):
+            workspace = cupy.empty(ops.search_scales_workspace_size(n), np.uint8)
+            ops.search_scales(target, weights, bits, workspace=workspace)
+            for is_symmetric in (True, False):
+                scales, zeros = ops.search_scales_gptq(target, weights, bits, is_symmetric)
+                ops.quantize_group(target, array(rows, n), factor, weights, scales, bits, zeros=None if is_symmetric else zeros)
+    ops.search_scales_gptq(array(131, 33), cupy.abs(array(131)), 4, False)
 
 
 def adapters(dtype):

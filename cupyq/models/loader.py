@@ -8,7 +8,7 @@ the weights are on their way (`upload`).
 import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +54,17 @@ def load_model(
     FormatError names file and tensor or key; UnsupportedError: an architecture or quantization cupyq does not know;
     BackendError: backend="cupy" without a usable GPU.
     """
+    with open_blueprint(path, backend, dtype=dtype, max_seq_len=max_seq_len) as blueprint:
+        with _meanwhile(compile_traced, blueprint.kernels()):
+            blueprint.load()
+        return blueprint.model()
+
+
+@contextlib.contextmanager
+def open_blueprint(
+    path: str | os.PathLike[str], backend: str = "auto", *, dtype: Any = None, max_seq_len: int | None = None
+) -> Iterator["_Blueprint"]:
+    """What `load_model` loads all of, for those who want a part at a time; its files are open within this context."""
     xp = _choose_backend(backend)
     activations = _choose_dtype(dtype, xp)
     config = ModelConfig.from_file(Path(path))
@@ -65,10 +76,7 @@ def load_model(
             raise ValueError(f"max_seq_len must be from 1 to {most}, as {config.path} says, got {max_seq_len}")
         config = dataclasses.replace(config, max_seq_len=max_seq_len)
     with Checkpoint(path) as checkpoint:
-        blueprint = _Blueprint(config, checkpoint, xp, activations)
-        with _meanwhile(compile_traced, blueprint.kernels()):
-            blueprint.load()
-        return blueprint.model()
+        yield _Blueprint(config, checkpoint, xp, activations)
 
 
 def _choose_backend(backend: str) -> Any:
@@ -284,10 +292,15 @@ class _Blueprint:
         plan.refuse_leftovers()
         self.sin, self.cos = _rope_tables(config, xp)
 
-    def load(self) -> None:
-        """Give every part its value; none keeps one after an error, whose traceback may live for long."""
-        parts = self.plan.parts
-        arriving = progress(parts, sum(part.nbytes for part in parts), "loading")
+    def load(self, parts: Sequence[_Part] | None = None) -> None:
+        """Give every part its value, or those given, without a progress bar.
+
+        None keeps one after an error, whose traceback may live for long.
+        """
+        arriving: Iterable[_Part] = parts or ()
+        if parts is None:
+            parts = self.plan.parts
+            arriving = progress(parts, sum(part.nbytes for part in parts), "loading")
         try:
             with contextlib.closing(upload.read(self.checkpoint, arriving, self.xp)) as arrived:
                 for part, tensors in arrived:
@@ -314,6 +327,29 @@ class _Blueprint:
             cos=self.cos,
             parameters=sum(part.parameters for part in self.plan.parts),
         )
+
+    def layer(self, index: int) -> DecoderLayer:
+        """One layer, read now; nothing else holds its weights."""
+        layer = self.layers[index]
+        with self._loaded(layer.parts):
+            return layer.finish(index)
+
+    def without_layers(self, *, embedding: bool = False, head: bool = False) -> Model:
+        """A Model of no layers, whose embedding, or norm and head, are read now; the other end is not to be used."""
+        parts = [self.embedding] if embedding or (head and self.head is None) else []
+        if head:
+            parts += [part for part in (self.norm, self.head) if part is not None]
+        with self._loaded(parts):
+            return self.model([])
+
+    @contextlib.contextmanager
+    def _loaded(self, parts: Sequence[_Part]) -> Iterator[None]:
+        """A context in which these parts have their values."""
+        self.load(parts)
+        try:
+            yield
+        finally:
+            _drop_values(parts)
 
     def kernels(self) -> list[tuple[_kernels.Instance, str]]:
         """What loading and running the model will launch: found out on layers of all kinds there are, made of zeros."""

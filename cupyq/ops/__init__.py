@@ -31,6 +31,12 @@ from cupyq.ops.qmatmul_grouped import qmatmul_grouped, qmatmul_grouped_workspace
 from cupyq.ops.qmatrix import QMatrix
 from cupyq.ops.qmatrix_group import QMatrixGroup
 from cupyq.ops.qmatrix_join import JoinedQMatrix
+from cupyq.ops.quantize_group import (
+    quantize_group,
+    search_scales,
+    search_scales_gptq,
+    search_scales_workspace_size,
+)
 from cupyq.ops.quantizing import (
     pack_columns,
     pack_rows_4,
@@ -97,6 +103,7 @@ __all__ = [
     "qmatmul_workspace_size",
     "quantize",
     "quantize_err",
+    "quantize_group",
     "quantize_range",
     "quantize_range_inplace",
     "reconstruct",
@@ -110,6 +117,9 @@ __all__ = [
     "route",
     "sample",
     "sample_workspace_size",
+    "search_scales",
+    "search_scales_gptq",
+    "search_scales_workspace_size",
     "silu",
     "silu_mul",
     "softcap",

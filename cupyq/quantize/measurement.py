@@ -1,0 +1,134 @@
+"""measurement.json: the error of every linear layer under the layouts of a menu, and the choice made from them.
+
+    {"cupyq_measurement": 1, "source_sha256": ..., "menu": [layout, ...], "linears": {name: {
+        "tokens": that reached the layer, "output": mean square of its outputs, summed over them,
+        "weight": what a unit of its error counts, "options": {layout: error}}}}
+
+It depends on the model and the calibration text, not on the bits asked for, and serves for any number of them.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cupyq.errors import FormatError
+from cupyq.quantize.allocate import allocate
+from cupyq.quantize.gather import mean_square
+from cupyq.quantize.hessian import Hessian
+from cupyq.quantize.layouts import Layout
+from cupyq.quantize.linear import quantize_linear
+from cupyq.quantize.recording import LayerInput
+
+_VERSION = 1
+_LEAST_ERROR = 1e-300  # whose logarithm exists
+
+
+@dataclass(frozen=True)
+class Measurement:
+    menu: tuple[Layout, ...]
+    linears: Mapping[str, Mapping[str, Any]]
+
+    def allocate(self, storage_bits: Callable[[str, Layout], int], budget: int) -> dict[str, Layout]:
+        """{name: layout}, within `budget` bits the least sum of weighted errors; storage_bits(name, layout)."""
+        names = list(self.linears)
+        options = [self._options(name, [storage_bits(name, layout) for layout in self.menu]) for name in names]
+        found = allocate(options, budget)
+        return {name: self.menu[choice] for name, choice in zip(names, found.choice, strict=True)}
+
+    def _options(self, name: str, sizes: Sequence[int]) -> list[tuple[int, float]]:
+        """(bits, weighted error) of each layout; the logarithms of errors that were not measured are interpolated."""
+        entry = self.linears[name]
+        errors = [entry["options"].get(layout.name) for layout in self.menu]
+        known = sorted((bits, math.log(max(e, _LEAST_ERROR))) for bits, e in zip(sizes, errors, strict=True) if e is not None)
+        places, logarithms = zip(*known, strict=True)
+        filled = [
+            math.exp(float(np.interp(bits, places, logarithms))) if error is None else error
+            for bits, error in zip(sizes, errors, strict=True)
+        ]
+        return [(bits, entry["weight"] * error) for bits, error in zip(sizes, filled, strict=True)]
+
+    def to_json(self, source_sha256: str) -> dict[str, Any]:
+        return {
+            "cupyq_measurement": _VERSION,
+            "source_sha256": source_sha256,
+            "menu": [layout.name for layout in self.menu],
+            "linears": dict(self.linears),
+        }
+
+    @classmethod
+    def from_file(cls, path: Path, source_sha256: str, names: Sequence[str]) -> "Measurement":
+        """Of the model with these weights and linear layers; FormatError where the file is none or damaged, ValueError where it
+        is another model's."""
+        data = read_json(path)
+        if data.get("cupyq_measurement") != _VERSION:
+            raise FormatError(f"{path}: not a measurement of this version of cupyq: take a measurement.json that it wrote")
+        if data.get("source_sha256") != source_sha256:
+            raise ValueError(f"{path}: measured on a model of other weights: leave it out to measure this one")
+        try:
+            menu = tuple(map(Layout.parse, data["menu"]))
+            linears = {name: data["linears"][name] for name in names}
+            for name, entry in linears.items():
+                numbers = [entry["weight"], *entry["options"].values()]
+                if not all(0 <= number < math.inf for number in numbers):
+                    raise ValueError(f"{name} has numbers that are negative or not finite")
+                if not entry["options"].keys() & {layout.name for layout in menu}:
+                    raise ValueError(f"{name} has no layout of the menu")
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise FormatError(f"{path}: damaged ({type(error).__name__}: {error}); leave it out to measure again") from None
+        return cls(menu, linears)
+
+
+def measure_input(
+    read: LayerInput, hessian: Hessian, tokens: int, menu: Sequence[Layout], count: int | None, damping: float
+) -> dict[str, Any]:
+    """{name: {"tokens", "output", "options"}} of the linear layers that share an input."""
+    prepared = hessian.prepare(damping)
+    found = {}
+    for linear in read.linears:
+        weight = linear.weight.T
+        layouts = measured_layouts(menu, linear.k, linear.n, count)
+        errors = {layout.name: quantize_linear(weight, prepared, layout, name=linear.name).error for layout in layouts}
+        found[linear.name] = {"tokens": tokens, "output": mean_square(hessian, weight), "options": errors}
+    return found
+
+
+def measured_layouts(menu: Sequence[Layout], k: int, n: int, count: int | None) -> list[Layout]:
+    """Which layouts to measure: all, or `count` of them, evenly spread over their sizes, from the smallest to the largest."""
+    if count is None or count >= len(menu):
+        return list(menu)
+    by_size = sorted(menu, key=lambda layout: layout.storage_bits(k, n))
+    return [by_size[i * (len(by_size) - 1) // (count - 1)] for i in range(count)]
+
+
+def weighted(
+    linears: Mapping[str, Mapping[str, Any]], total_tokens: int, sensitivities: Mapping[str, float] | None
+) -> dict[str, dict[str, Any]]:
+    """The entries of `measure_input` with "weight": what a unit of their error counts, for the tokens that reach them.
+
+    sensitivities: KL of the predictions per unit of error (see `sensitivity`); None: errors count by their share of the output.
+    """
+    found = {}
+    for name, entry in linears.items():
+        count = 1 / entry["output"] if entry["output"] > 0 else 0.0
+        if sensitivities is not None:
+            count = sensitivities[name]
+        found[name] = dict(entry, weight=count * (entry["tokens"] / total_tokens))
+    return found
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; FormatError names the file."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise FormatError(f"{path}: cannot be opened ({error.strerror}); check the path") from None
+    except ValueError as error:
+        raise FormatError(f"{path}: not JSON ({error})") from None
+    if not isinstance(data, dict):
+        raise FormatError(f"{path}: holds a {type(data).__name__}, expected a JSON object")
+    return data
