@@ -27,6 +27,7 @@ examples:
   cupyq compile --arch sm_80 sm_90a                       fill the kernel cache, also without a GPU
   cupyq bench qmatmul --bits 4 --rows 1,16                products with quantized weights, against the limit
   cupyq bench attention --quick                           decoding and prompts over plain and quantized caches
+  cupyq bench quantize --quick                            the steps of making quantized weights, against the limit
 
 MODEL is a folder with config.json and *.safetensors: EXL2, GPTQ or float16.
 """

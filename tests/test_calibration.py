@@ -1,16 +1,18 @@
 """quantize/calibration.py: which tokens of a text become calibration rows, and what is said about files that will not do."""
 
 import json
+import sys
+import tracemalloc
 
 import numpy as np
 import pytest
 from conftest import ROOT
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from cupyq.errors import FormatError, UnsupportedError
+from cupyq.errors import BackendError, FormatError, UnsupportedError
 from cupyq.generate import encode, load_tokenizer
 from cupyq.quantize import calibration
-from cupyq.quantize.calibration import calibration_rows
+from cupyq.quantize.calibration import calibration_rows, spread
 
 SHAKESPEARE = ROOT / "examples/models/shakespeare"
 START = 20000
@@ -64,6 +66,35 @@ def test_a_text_of_just_enough_tokens_is_taken_whole(tmp_path, numbers):
 def test_every_offset_is_drawn(tmp_path, numbers):
     path = counting(tmp_path / "text.txt", 4)
     assert {places(calibration_rows(path, numbers, rows=1, length=2, seed=seed))[0] for seed in range(20)} == {0, 1, 2}
+
+
+def test_some_of_the_rows_are_spread_over_all():
+    """The middle ones of equal parts: never twice the same, and as near to the first row as to the last."""
+    rows = np.arange(100)[:, None]
+    assert spread(rows, 2)[:, 0].tolist() == [25, 75] and spread(rows, 1)[:, 0].tolist() == [50]
+    for total in range(1, 24):
+        for count in range(1, total + 3):
+            found = spread(np.arange(total), count)
+            assert len(found) == min(count, total) == len(set(found.tolist()))
+            gaps = np.diff([-1, *found, total])
+            assert (np.diff(found) > 0).all() and abs(gaps[0] - gaps[-1]) <= 1 and gaps.max() - gaps[1:-1].min(initial=99) <= 1
+
+
+def test_a_package_that_is_missing(tmp_path, numbers, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    message = r"^calibration takes the package tokenizers, which is missing or damaged .*: pip install tokenizers$"
+    with pytest.raises(BackendError, match=message):
+        calibration_rows(counting(tmp_path / "text.txt", 700), numbers, rows=1, length=4)
+
+
+def test_a_file_is_read_without_room_for_the_largest(tmp_path, numbers):
+    path = counting(tmp_path / "text.txt", 700)
+    tracemalloc.start()
+    try:
+        calibration_rows(path, numbers, rows=1, length=4)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_text_too_short(tmp_path, numbers):

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -189,6 +190,43 @@ def test_a_shard_that_was_not_downloaded(source, refused):
     assert "tensor 'model.layers.0.mlp.up_proj.weight' is missing" in refused(source)
     (source / "model.safetensors").unlink()
     assert "is missing, expected shape" in refused(source)
+
+
+def test_a_shard_that_its_index_names(source, refused):
+    """Only where its tensors are nowhere else: indexes are left behind by conversions."""
+    with Checkpoint(source) as checkpoint:
+        names = [name for name in checkpoint.names if name != "logits"]
+        tensors = {name: checkpoint.array(name).copy() for name in names}
+    (source / "model.safetensors").unlink()
+    shards = {"model-00001-of-00003.safetensors": names[:4], "model-00002-of-00003.safetensors": names[4:6]}
+    shards["model-00003-of-00003.safetensors"] = names[6:]
+    for file, held in shards.items():
+        writer.save_tensors(source / file, {name: tensors[name] for name in held})
+    index = source / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {name: file for file, held in shards.items() for name in held}}))
+    (source / "model-00002-of-00003.safetensors").unlink()
+    missing = f"{source}/model-00002-of-00003.safetensors: missing though {index.name} names it; download the model again"
+    assert refused(source) == missing
+    (source / "model-00003-of-00003.safetensors").unlink()
+    assert "00002-of-00003.safetensors: missing, like 1 more, though" in refused(source)
+    writer.save_tensors(source / "model.safetensors", {name: tensors[name] for name in names[4:]})
+    assert "bits must be from" in refused(source, bits="1.5")  # the index is of no interest
+    index.write_text("{")
+    assert "bits must be from" in refused(source, bits="1.5")
+
+
+def test_a_measurement_that_is_none(source, refused):
+    path = source.parent / "measurement.json"
+    assert "measurement.json: cannot be opened (No such file or directory)" in refused(source, "--measurement", path)
+    path.write_text("nothing")
+    assert "measurement.json: not JSON (" in refused(source, "--measurement", path)
+    path.write_text("{}")
+    assert "measurement.json: not a measurement of this version of cupyq" in refused(source, "--measurement", path)
+
+
+def test_without_tokenizers(source, refused, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    assert refused(source).endswith("pip install tokenizers")
 
 
 def test_folders_that_are_no_models(source, refused):

@@ -100,9 +100,13 @@ def test_search_scales_against_a_loop(library, bits):
     for rows, n, size in ((1, 1, 1.0), (5, 3, 1.0), (6, 35, 1.0), (7, 4, 1e-4 * 2**bits), (7, 4, 1e-6)):
         target, weights = heavy(rows + bits, rows, n)
         target *= np.float32(size)
-        codes, scale_max = search_scales(*moved(library, target, weights), bits)
+        given = moved(library, target, weights)
+        codes, scale_max = search_scales(*given, bits)
         expected_codes, expected_max = search_loop(target, weights, bits)
         assert same_bits(host(codes), expected_codes) and same_bits(host(scale_max), expected_max)
+        (scales,) = moved(library, np.full(n, np.nan, np.float16))
+        search_scales(*given, bits, scales16=scales)
+        assert same_bits(host(scales), scales_of(expected_codes, expected_max))
 
 
 @pytest.mark.parametrize("wrong", ["no weights", "symmetric levels", "256 not rounded", "linear codes", "plain codes"])
@@ -176,12 +180,15 @@ def test_search_scales_kernel(cupy, bits):
         target_, weights_ = on_gpu(cupy, target, 1), on_gpu(cupy, weights, 3)
         codes, check_codes = banded(cupy, np.full(n, 77, np.uint8), shift=1)
         scale_max, check_max = banded(cupy, unwritten(1, np.dtype(np.float16)), shift=1)
+        scales, check_scales = banded(cupy, unwritten(n, np.dtype(np.float16)), shift=1)
         workspace, check_workspace = banded(cupy, np.full(search_scales_workspace_size(n), 0xFF, np.uint8))
-        found = search_scales(target_, weights_, bits, codes=codes, scale_max=scale_max, workspace=workspace)
+        outputs = {"codes": codes, "scale_max": scale_max, "scales16": scales, "workspace": workspace}
+        found = search_scales(target_, weights_, bits, **outputs)
         assert found[0] is codes and found[1] is scale_max
-        for check in (check_codes, check_max, check_workspace):
+        for check in (check_codes, check_max, check_scales, check_workspace):
             check()
         assert same_bits(codes.get(), expected[0]) and same_bits(scale_max.get(), expected[1])
+        assert same_bits(scales.get(), scales_of(*expected))
         assert same_bits(target_.get(), target) and same_bits(weights_.get(), weights)
         again = search_scales(target_, weights_, bits)
         assert same_bits(again[0].get(), expected[0]) and same_bits(again[1].get(), expected[1])
@@ -421,7 +428,7 @@ def test_wrong_arguments(library):
     target, original, factor, weights, scales = arrays
     tall, tall_weights = moved(library, np.ones((129, 2), np.float32), np.ones(129, np.float32))
     flat, wide, double = moved(library, np.ones(3, np.float16), np.ones((4, 7), np.float32), np.ones((4, 6)))
-    overlapping = target.view(np.uint8)[0, :6]
+    overlapping, halves = target.view(np.uint8)[0, :6], target.view(np.float16)[0, :6]
     none = target[:0]
     cases = [
         (lambda: search_scales(target, weights, 7), ValueError, "bits"),
@@ -434,6 +441,10 @@ def test_wrong_arguments(library):
         (lambda: search_scales(target, weights, 4, codes=scales), TypeError, "codes"),
         (lambda: search_scales(target, weights, 4, codes=overlapping), ValueError, "codes overlaps target"),
         (lambda: search_scales(target, weights, 4, scale_max=flat), ValueError, "scale_max"),
+        (lambda: search_scales(target, weights, 4, scales16=flat), ValueError, "scales16"),
+        (lambda: search_scales(target, weights, 4, scales16=zeros), TypeError, "scales16"),
+        (lambda: search_scales(target, weights, 4, scales16=halves), ValueError, "scales16 overlaps target"),
+        (lambda: search_scales(target, weights, 4, scale_max=scales[2:3], scales16=scales), ValueError, "overlaps"),
         (lambda: search_scales_gptq(target, weights, 1, True), ValueError, "bits"),
         (lambda: search_scales_gptq(none, weights[:0], 4, True), ValueError, "target"),
         (lambda: search_scales_gptq(target, weights, 4, True, zeros=overlapping), ValueError, "zeros overlaps target"),

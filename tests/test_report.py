@@ -15,15 +15,16 @@ MODELS = ROOT / "examples/models"
 SETTINGS = {"bits": 3.0, "menu": ["2g64", "4g128"], "measurement_sha256": None}
 
 
-def linear(name, k=64, n=96, bits=3.0, error=0.5, output=50.0, layout="3g128"):
-    return LinearReport(name, k, n, layout, int(bits * k * n), error, output, 1000)
+def linear(name, k=64, n=96, bits=3.0, error=0.5, output=50.0, layout="3g128", nats=None):
+    return LinearReport(name, k, n, layout, int(bits * k * n), error, output, 1000, nats)
 
 
 def layers(count=3):
     found = []
     for index in range(count):
-        found.append(linear(f"model.layers.{index}.self_attn.q_proj", bits=2 + index % 6, error=0.01 * 10**index))
-        found.append(linear(f"model.layers.{index}.mlp.down_proj", k=96, n=64, bits=4.5))
+        name, nats = f"model.layers.{index}.self_attn.q_proj", 0.002 * index
+        found.append(linear(name, bits=2 + index % 6, error=0.01 * 10**index, nats=nats))
+        found.append(linear(f"model.layers.{index}.mlp.down_proj", k=96, n=64, bits=4.5, nats=0.0005))
     return [*found, linear("lm_head", n=256, bits=6.5)]
 
 
@@ -39,14 +40,34 @@ def test_the_table_has_every_layer():
     lines = report.table(layers())
     assert len(lines) == 2 + 7
     row = next(line for line in lines if "layers.1.self_attn.q_proj" in line)
-    assert [cell.strip() for cell in row.strip("|").split("|")][1:] == ["64 x 96", "3.000", "3g128", "4.472", "1000"]
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[1:] == ["64 x 96", "3.000", "3g128", "4.472", "0.002000", "1000"]
+    head = next(line for line in lines if "lm_head" in line)
+    assert [cell.strip() for cell in head.strip("|").split("|")][4:] == ["10.000", "", "1000"]  # nobody knows its worth
+
+
+def test_measures_and_units_are_named():
+    """In the table, the picture, the summary and the text."""
+    assert "| bits per weight | layout | relative output error, % | worth, nats per token |" in report.table(layers())[0]
+    picture = report.figure(layers(), "t")
+    assert "Relative output error, %" in picture and "thousandths of a nat per token" in picture
+    lines = report.summary(layers(), None)
+    assert "relative output error (root mean square)" in lines[2]
+    # 0, 2 and 4 thousandths of q_proj, 0.5 of each down_proj
+    assert lines[3].startswith("worth       0.007500   nats of KL per token") and lines[3].endswith("layers.2.self_attn.q_proj")
+    assert report.MEANING in report.markdown(layers(), SETTINGS, "t", None)
+
+
+def test_without_worths_there_is_no_word_of_them():
+    plain = [linear("model.layers.0.mlp.up_proj")]
+    assert len(report.summary(plain, None)) == 2 and "nat per token" not in report.figure(plain, "t")
 
 
 def test_the_picture():
     root = ElementTree.fromstring(report.figure(layers(), "a <model> & more"))
     space = "{http://www.w3.org/2000/svg}"
     cells = [rect for rect in root.iter(f"{space}rect") if rect.get("class") == "cell"]
-    assert len(cells) == 2 * 7  # bits and errors
+    assert len(cells) == 2 * 7 + 6  # bits and errors; what these are worth, but of the head
     texts = ["".join(text.itertext()) for text in root.iter(f"{space}text")]
     assert {"a <model> & more", "self_attn.q_proj", "mlp.down_proj", "lm_head", "0", "1", "2", "head"} <= set(texts)
     assert {"2.00", "3.00", "4.50", "6.50"} <= set(texts)
@@ -98,7 +119,7 @@ def test_a_folder_without_a_report(tmp_path):
 def test_the_worst_layer_is_named():
     lines = report.summary(layers(), None)
     # sqrt(1 / 50) of layer 2; the head is not a layer of the decoder
-    assert lines[-1].startswith("error       14.14 %") and lines[-1].endswith("model.layers.2.self_attn.q_proj")
+    assert lines[2].startswith("error       14.14 %") and lines[2].endswith("model.layers.2.self_attn.q_proj")
     assert lines[0].split()[1] == f"{(2 + 3 + 4 + 3 * 4.5) / 6:.4f}" and lines[1].split()[1] == "6.5000"
 
 

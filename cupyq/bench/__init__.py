@@ -22,6 +22,14 @@ def run(arguments):
         with _lines(arguments.out_file) as lines:
             rows, is_right = attention.run(chosen, arguments.out, lines)
         return {"rows": rows}, 0 if is_right else 1
+    if arguments.family == "quantize":
+        from cupyq.bench import quantize
+
+        asked = (arguments.shape, arguments.shapes, arguments.layouts, arguments.tokens, arguments.backend, arguments.quick)
+        wanted = quantize.Options.parse(*asked)
+        with _lines(arguments.out_file) as lines:
+            rows, is_right = quantize.run(wanted, arguments.out, lines)
+        return {"rows": rows}, 0 if is_right else 1
     from cupyq.bench import qmatmul, sweep
 
     if arguments.family is None:

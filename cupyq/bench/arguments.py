@@ -7,6 +7,7 @@ families:
   qmatmul   products with quantized weights, every width and number of rows, beside cuBLAS, PyTorch's int4 and exllamav2
   attention decoding and prompts over contiguous, paged and quantized caches, beside PyTorch's FlashAttention and cuDNN
   model     a model of random weights: tokens per second, loading, the first token
+  quantize  the steps of making quantized weights: scales, rows, Hessians, matrices, a layer
 
 Without a family: a short qmatmul table. Everything is verified before it is timed, and compared with what this machine can
 do at most, measured in the same run.
@@ -25,6 +26,7 @@ def add_arguments(parser, whole):
     _add_qmatmul(_family(families, "qmatmul"), whole)
     _add_attention(_family(families, "attention"), whole)
     _add_model(_family(families, "model"), whole)
+    _add_quantize(_family(families, "quantize"), whole)
 
 
 def _family(families, name):
@@ -82,6 +84,15 @@ def _add_model(sub, whole):
     sub.add_argument("--kernels", action="store_true", help="the time of each kernel of a step, by PyTorch's profiler")
     sub.add_argument("--load", action="store_true", help="write the model, load it in new processes, time the first token")
     sub.add_argument("--folder", metavar="DIR", help="where --load writes; default: in memory if there is room")
+    sub.add_argument("--backend", choices=("auto", "numpy", "cupy"), default="auto", help="default: cupy where a GPU is usable")
+
+
+def _add_quantize(sub, whole):
+    sub.add_argument("--shape", metavar="MODEL", help="llama-3.1-8b (default), llama-3.1-70b, mistral-7b, qwen2.5-7b, tiny")
+    sub.add_argument("--shapes", metavar="KxN,...", help="matrices in place of a model's")
+    sub.add_argument("--layouts", metavar="NAME,...", help="such as 4g64 or 3x.5g64+2x.5g64; default: four of the menu")
+    sub.add_argument("--tokens", type=whole(1), metavar="N", help="of calibration, for a layer; default 204800")
+    sub.add_argument("--quick", action="store_true", help="one matrix and one layout")
     sub.add_argument("--backend", choices=("auto", "numpy", "cupy"), default="auto", help="default: cupy where a GPU is usable")
 
 

@@ -102,6 +102,7 @@ __global__ void __launch_bounds__(32 * shares) choose_scales(
     const uint8 *chosen,     // [shares, n]
     uint8 *codes,            // [n]: s - 1
     half *scale_max,         // [1]
+    half *scales,            // [n] or null
     int n) {
     __shared__ double sums[shares];
     int lane = threadIdx.x % 32, share = threadIdx.x / 32;
@@ -117,6 +118,12 @@ __global__ void __launch_bounds__(32 * shares) choose_scales(
         if (sums[i] < least) least = sums[i], best = i;
     }
     if (blockIdx.x == 0 && threadIdx.x == 0) *scale_max = candidates[best];
+    float unit = to_float(from_float<half>(to_float(candidates[best]) / 256.0f));
     int64 first = (int64)blockIdx.x * chosen_cols, end = first + chosen_cols < n ? first + chosen_cols : n;
-    for (int64 c = first + threadIdx.x; c < end; c += 32 * shares) codes[c] = chosen[(int64)best * n + c];
+    for (int64 c = first + threadIdx.x; c < end; c += 32 * shares) {
+        uint8 code = chosen[(int64)best * n + c];
+        codes[c] = code;
+        float s = (float)code + 1.0f;
+        if (scales) scales[c] = from_float<half>(s * s * unit);
+    }
 }

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cupyq._arrays import accepts_dlpack, check, float16, float32, namespace, output
+from cupyq._arrays import accepts_dlpack, byte_bounds, check, float16, float32, namespace, output
 from cupyq._kernels import instance, launch
 from cupyq.formats.bits import WIDTHS
 from cupyq.ops._common import byte_workspace, refuse_overlap
@@ -63,6 +63,21 @@ def _check_bits(bits):
     return int(bits)
 
 
+def _refuse_overlaps(written, **inputs):
+    """`refuse_overlap` for each of `written`, {name: array or None}, with the inputs and with one another.
+
+    A quantizer makes hundreds of thousands of calls: the bounds of an array are worked out once.
+    """
+    arrays = {name: array for name, array in (inputs | written).items() if array is not None}
+    bounds = {name: byte_bounds(array) for name, array in arrays.items()}
+    others = dict(bounds)
+    for name in written:
+        low, high = others.pop(name, (0, 0))
+        for other, (start, end) in others.items():
+            if start < high and low < end:
+                refuse_overlap(arrays[name], name, **{other: arrays[other]})
+
+
 def _check_rows(target, name):
     rows = target.shape[0]
     if not 1 <= rows <= _MOST_ROWS:
@@ -72,8 +87,8 @@ def _check_rows(target, name):
 # --- scales of EXL2 ---------------------------------------------------------------------------------------------------
 
 
-@accepts_dlpack(writes=("codes", "scale_max", "workspace"))
-def search_scales(target, weights, bits, *, codes=None, scale_max=None, workspace=None):
+@accepts_dlpack(writes=("codes", "scale_max", "scales16", "workspace"))
+def search_scales(target, weights, bits, *, codes=None, scale_max=None, scales16=None, workspace=None):
     """(codes, scale_max) of a group of EXL2: scale[c] = RN16((codes[c] + 1)^2 * RN16(scale_max / 256)) that fit it well
 
     They are searched for a small sum over r, c of weights[r] * (target[r, c] - level * scale[c])^2, level the nearest
@@ -83,8 +98,9 @@ def search_scales(target, weights, bits, *, codes=None, scale_max=None, workspac
     here.)
 
     target float32 [rows, n], 1 to 128 rows; weights float32 [rows], not negative; bits 2, 3, 4, 5, 6 or 8. codes uint8
-    [n], 0 to 15, and scale_max float16 [1] (0 where all of target is), written where given; they must not overlap the
-    inputs. `workspace`: uint8 of at least `search_scales_workspace_size(n)` bytes, without which a GPU allocates.
+    [n], 0 to 15, and scale_max float16 [1] (0 where all of target is), written where given, as is scales16 float16 [n],
+    the scales themselves; none may overlap another or the inputs. `workspace`: uint8 of at least
+    `search_scales_workspace_size(n)` bytes, without which a GPU allocates.
     Exact: the same bits on a CPU and a GPU, on every run, for finite arrays. Raises TypeError / ValueError for wrong
     dtypes, shapes, strides, widths or overlaps.
     Source of the format: exllamav2 (adaptivegptq.py), whose search has one share for all columns and the exponent 3.5.
@@ -100,17 +116,27 @@ def search_scales(target, weights, bits, *, codes=None, scale_max=None, workspac
     check(weights, "weights", dtype=float32, shape=(rows,))
     codes = output(xp, codes, (n,), _uint8, "codes")
     scale_max = output(xp, scale_max, (1,), float16, "scale_max")
-    refuse_overlap(codes, "codes", target=target, weights=weights, scale_max=scale_max)
-    refuse_overlap(scale_max, "scale_max", target=target, weights=weights)
+    if scales16 is not None:
+        check(scales16, "scales16", dtype=float16, shape=(n,), writes=True)
+    written = {"codes": codes, "scale_max": scale_max, "scales16": scales16}
     if n == 0:
+        _refuse_overlaps(written, target=target, weights=weights)
         scale_max[...] = 0
     elif xp is np:
+        _refuse_overlaps(written, target=target, weights=weights)
         codes[...], scale_max[...] = search_scales_reference(target, weights, bits)
+        if scales16 is not None:
+            scales16[...] = _exl2_scales(codes, scale_max)
     else:
         workspace = byte_workspace(workspace, search_scales_workspace_size(n), target, "search_scales_workspace_size")
-        refuse_overlap(workspace, "workspace", target=target, weights=weights, codes=codes, scale_max=scale_max)
-        _launch_search_scales(target, weights, bits, codes, scale_max, workspace)
+        _refuse_overlaps(written | {"workspace": workspace}, target=target, weights=weights)
+        _launch_search_scales(target, weights, bits, codes, scale_max, scales16, workspace)
     return codes, scale_max
+
+
+def _exl2_scales(codes, scale_max):
+    factors, unit = codes.astype(np.float32) + np.float32(1), _rounded(scale_max.astype(np.float32) / np.float32(256))
+    return (factors * factors * unit).astype(np.float16)
 
 
 def search_scales_workspace_size(n):
@@ -204,7 +230,7 @@ def _tree(values):
     return values[..., 0]
 
 
-def _launch_search_scales(target, weights, bits, codes, scale_max, workspace):
+def _launch_search_scales(target, weights, bits, codes, scale_max, scales16, workspace):
     (rows, n), search = target.shape, _SEARCHES[bits]
     ends = np.cumsum(_workspace_parts(n)).tolist()
     totals, maxima, candidates, chosen = (workspace[i:j] for i, j in zip([0, *ends[:-1]], ends, strict=True))
@@ -214,7 +240,7 @@ def _launch_search_scales(target, weights, bits, codes, scale_max, workspace):
     launch(maxima_instance, (-(-n // _MAXIMA_COLS),), (_MAXIMA_COLS,), (target, maxima, *sizes))
     arguments = (target, weights, maxima, totals, candidates, chosen, *sizes, *numbers)
     launch(instance("search_scales", search.window), (-(-n // _SLICE_COLS),), (32 * _WARPS,), arguments)
-    choose = (totals, candidates, chosen, codes, scale_max, np.int32(n))
+    choose = (totals, candidates, chosen, codes, scale_max, scales16, np.int32(n))
     launch(instance("choose_scales", file="search_scales"), (-(-n // _CHOSEN_COLS),), (32 * _SHARES,), choose)
 
 
@@ -247,8 +273,7 @@ def search_scales_gptq(target, weights, bits, is_symmetric, *, scales=None, zero
     check(weights, "weights", dtype=float32, shape=(rows,))
     scales = output(xp, scales, (n,), float16, "scales")
     zeros = output(xp, zeros, (n,), _uint8, "zeros")
-    refuse_overlap(scales, "scales", target=target, weights=weights, zeros=zeros)
-    refuse_overlap(zeros, "zeros", target=target, weights=weights)
+    _refuse_overlaps({"scales": scales, "zeros": zeros}, target=target, weights=weights)
     if n == 0:
         return scales, zeros
     if xp is np:
@@ -343,9 +368,7 @@ def quantize_group(target, original, factor, loss_weights, scales16, bits, *, ze
     codes = output(xp, codes, (rows, n), _uint8, "codes")
     error = output(xp, error, (rows, n), float32, "error")
     loss = output(xp, loss, (n,), float32, "loss")
-    refuse_overlap(codes, "codes", **inputs, error=error, loss=loss)
-    refuse_overlap(error, "error", **inputs, loss=loss)
-    refuse_overlap(loss, "loss", **inputs)
+    _refuse_overlaps({"codes": codes, "error": error, "loss": loss}, **inputs)
     if n == 0:
         return codes, error, loss
     if xp is np:

@@ -2,10 +2,11 @@
 
     from cupyq.quantize import quantize_model        # `cupyq quantize` on the command line
 
-    job           the work from end to end: measure, allocate, quantize, write, report
+    job           the work from end to end: plan, choose, quantize, write, report
     request       what is asked for, checked; `arguments` and `command` are the same on the command line
+    plan          what a run works with, and all that can be refused before any work; `memory`: how much the work will take
     calibration   a text -> rows of tokens
-    memory        how much of it the work will take
+    choice        every linear layer under every layout of a menu; `quantization`: each with its own, into a file
     walk          the model a layer at a time, other weights in its place; `recording`: what its linear layers read
     hessian       what they read -> the factors that rounding works with; `gather`: of the inputs of a layer
     layouts       how the rows of a layer may be shared out between code widths

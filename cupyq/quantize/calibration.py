@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from cupyq.errors import FormatError, UnsupportedError
+from cupyq.errors import BackendError, FormatError, UnsupportedError
 from cupyq.generate.text import load_tokenizer
 
 _MOST_BYTES = 1 << 30
@@ -27,8 +27,8 @@ def calibration_rows(
     .txt file, which windows mostly begin in the middle of, gets none.
     Of a text far longer than the rows, evenly spread pieces stand for all: documents, or a .txt file cut between lines.
     The same file, tokenizer and arguments give the same rows.
-    FormatError names the file, and its line, that cannot be read; UnsupportedError: a file of another kind; ValueError: a
-    text with fewer than rows * length tokens.
+    FormatError names the file, and its line, that cannot be read; UnsupportedError: a file of another kind; BackendError: no
+    package tokenizers; ValueError: a text with fewer than rows * length tokens.
     """
     for name, value in {"rows": rows, "length": length}.items():
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
@@ -38,7 +38,7 @@ def calibration_rows(
     path = Path(path)
     enough = _PIECES_PER_ROW * _PIECE_CHARACTERS * rows * length
     documents, special = _read_documents(path, enough, _PIECE_CHARACTERS * length)
-    tokens = _tokens(documents, load_tokenizer(tokenizer_folder), special, enough, rows * length)
+    tokens = _tokens(documents, _tokenizer(tokenizer_folder), special, enough, rows * length)
     if len(tokens) < rows * length:
         raise ValueError(
             f"{path}: {len(tokens)} tokens, but {rows} rows of {length} need {rows * length}: take a longer text, fewer rows "
@@ -47,12 +47,28 @@ def calibration_rows(
     return _windows(tokens, rows, length, seed)
 
 
+def spread(rows: np.ndarray, count: int) -> np.ndarray:
+    """`count` of the rows: the middle one of each of so many equal parts; all rows where there are no more."""
+    if count >= len(rows):
+        return rows
+    return rows[[(2 * part + 1) * len(rows) // (2 * count) for part in range(count)]]
+
+
 def _windows(tokens: np.ndarray, rows: int, length: int, seed: int) -> np.ndarray:
     bounds = np.array([row * len(tokens) // rows for row in range(rows + 1)])
     room = np.diff(bounds) - length
     # A product of plain uniform numbers: their stream is the same in every NumPy release.
     offsets = (np.random.Generator(np.random.PCG64(seed)).random(rows) * (room + 1)).astype(np.int64)
     return tokens[(bounds[:-1] + offsets)[:, None] + np.arange(length)]
+
+
+def _tokenizer(folder: str | os.PathLike[str]) -> Any:
+    try:
+        return load_tokenizer(folder)
+    except ImportError as error:
+        raise BackendError(
+            f"calibration takes the package tokenizers, which is missing or damaged ({error}): pip install tokenizers"
+        ) from None
 
 
 def _tokens(documents: Sequence[str], tokenizer: Any, special: bool, enough: int, needed: int) -> np.ndarray:
@@ -90,10 +106,11 @@ def _read_documents(path: Path, enough: int, piece: int) -> tuple[list[str], boo
 def _read_text(path: Path) -> str:
     try:
         with open(path, "rb") as file:
-            raw = file.read(_MOST_BYTES + 1)
+            is_too_large = os.fstat(file.fileno()).st_size > _MOST_BYTES
+            raw = b"" if is_too_large else file.read()
     except OSError as error:
         raise FormatError(f"{path}: cannot be opened ({error.strerror}); name a .txt or .jsonl file") from None
-    if len(raw) > _MOST_BYTES:
+    if is_too_large:
         raise FormatError(f"{path}: larger than {_MOST_BYTES >> 30} GiB, expected a text for calibration; take a part of it")
     try:
         return raw.decode("utf-8-sig")

@@ -49,7 +49,8 @@ def run(arguments):
             "shape": [layer.k, layer.n],
             "bits": layer.bits_per_weight,
             "layout": layer.layout,
-            "error": layer.relative_error,
+            "relative_error": layer.relative_error,
+            "nats": layer.nats,
         }
         for layer in result.layers
     ]

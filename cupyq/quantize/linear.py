@@ -25,11 +25,13 @@ import numpy as np
 from cupyq._arrays import FLOATS, float16, float32, namespace
 from cupyq.formats.exl2 import pack_exl2
 from cupyq.formats.gptq import GPTQ_WIDTHS, pack_gptq
-from cupyq.ops.quantize_group import quantize_group, search_scales, search_scales_gptq
+from cupyq.ops.quantize_group import quantize_group, search_scales, search_scales_gptq, search_scales_workspace_size
 from cupyq.quantize.hessian import prepare_rounding, to_float32
 
 _BLOCK = 128  # the most rows quantize_group takes
-_EXL2_ROWS = range(32, _BLOCK + 1, 32)
+MOST_GROUP_ROWS = _BLOCK
+"""Of an EXL2 layer, as the search for scales takes a group whole. Groups of GPTQ may have any number of rows."""
+_EXL2_ROWS = range(32, MOST_GROUP_ROWS + 1, 32)
 _COLUMNS = 32  # N is padded to a multiple of this many
 _SWEEP_DAMPING = 0.003  # share of the mean diagonal of H that is added to it for sweeps
 _AT_ONCE = 4096  # columns in a temporary of [K, columns]
@@ -39,11 +41,16 @@ _AT_ONCE = 4096  # columns in a temporary of [K, columns]
 class QuantizedLinear:
     """What became of a weight [K, N]: the values the run time will decode, what they cost, and, when asked for, tensors."""
 
-    values: Any  # float32 [K, N], NumPy or CuPy as the weight, rows in the model's order
     error: float  # tr((W - Q)^T H (W - Q)): the squared error of all outputs of a token, averaged over tokens
     loss: float  # the same with H + ridge, which is what the recursion, before sweeps, minimised
     storage_bits: int  # as Linear.storage_bits, bias aside
+    _decode: Callable[[], Any] = field(repr=False)
     _pack: Callable[[], dict[str, np.ndarray]] = field(repr=False)
+
+    @functools.cached_property
+    def values(self):
+        """float32 [K, N], NumPy or CuPy as the weight, rows in the model's order. Decoded when first asked for."""
+        return self._decode()
 
     @functools.cached_property
     def tensors(self):
@@ -69,13 +76,15 @@ def quantize_linear(weight, prepared, layout, *, sweeps=0, name=""):
         raise ValueError(
             f"layout{_of(name)}: groups {groups[:4]}, ..., expected 32, 64, 96 or 128 rows in each and {rows.k} in all"
         )
-    scale_codes = rows.xp.empty((len(groups), rows.codes.shape[1]), np.uint8)
+    padded = rows.codes.shape[1]
+    scale_codes, scales = rows.xp.empty((len(groups), padded), np.uint8), rows.xp.empty((len(groups), padded), float16)
     scale_maxima = rows.xp.empty(len(groups), float16)
+    workspace = rows.xp.empty(search_scales_workspace_size(padded), np.uint8)
     for group, (bits, count) in enumerate(groups):
         target, weights = rows.take(count)
-        codes, scale_max = scale_codes[group], scale_maxima[group : group + 1]
-        search_scales(target, weights, bits, codes=codes, scale_max=scale_max)
-        rows.quantize(target, _exl2_scales(codes, scale_max), bits)
+        outputs = {"codes": scale_codes[group], "scale_max": scale_maxima[group : group + 1], "scales16": scales[group]}
+        search_scales(target, weights, bits, **outputs, workspace=workspace)
+        rows.quantize(target, scales[group], bits)
     rows.sweep(sweeps)
     pack = functools.partial(_pack_exl2, rows.codes, scale_codes, scale_maxima, groups, prepared.order)
     return rows.finished(layout.storage_bits(rows.k, rows.codes.shape[1]), pack)
@@ -129,6 +138,16 @@ def _pack_gptq(codes, zeros, scales, size, order, bits):
     unordered[order] = _host(codes)
     group[order] = np.arange(len(order)) // size
     return pack_gptq(unordered, _host(zeros), _host(scales), group, bits)
+
+
+def _decode(codes, blocks, order, n):
+    """float32 [K, n] of codes [K, padded N] whose rows are in `order`; blocks: of a `_Rows`."""
+    values = namespace(codes=codes).empty((len(codes), n), float32)
+    for rows, scales, bits, zeros in blocks:
+        zero = float32.type(1 << (bits - 1)) if zeros is None else zeros.astype(float32)
+        exact = (codes[rows].astype(float32) - zero) * scales.astype(float32)
+        values[order[rows]] = exact[:, :n].astype(float16).astype(float32)
+    return values
 
 
 def _host(array):
@@ -220,15 +239,8 @@ class _Rows:
         loss, ridge_loss = self._loss(), self._ridge_loss()
         if self.is_swept:
             loss = self._finite(self._swept_error() + ridge_loss)
-        return QuantizedLinear(self._values(), max(0.0, loss - ridge_loss), loss, storage_bits, pack)
-
-    def _values(self):
-        values = self.xp.empty((self.k, self.n), float32)
-        for rows, scales, bits, zeros in self.blocks:
-            zero = float32.type(1 << (bits - 1)) if zeros is None else zeros.astype(float32)
-            exact = (self.codes[rows].astype(float32) - zero) * scales.astype(float32)
-            values[self.order[rows]] = exact[:, : self.n].astype(float16).astype(float32)
-        return values
+        decode = functools.partial(_decode, self.codes, self.blocks, self.order, self.n)  # which keeps no more than these
+        return QuantizedLinear(max(0.0, loss - ridge_loss), loss, storage_bits, decode, pack)
 
     def _loss(self):
         """What the recursion minimised, before sweeps."""
@@ -255,13 +267,6 @@ class _Rows:
             block = slice(first, first + 1024)
             total += self.prepared.ridge[block] @ self.xp.square(self.error[block]).sum(axis=1, dtype=np.float64)
         return float(total)
-
-
-def _exl2_scales(codes, scale_max):
-    """float16 [N]: RN16((s + 1)^2 * RN16(scale_max / 256)), as formats/exl2.py defines them. Products are exact in float32."""
-    base = (scale_max.astype(float32) / float32.type(256)).astype(float16).astype(float32)
-    root = codes.astype(float32) + float32.type(1)
-    return (root * root * base).astype(float16)
 
 
 def _check_weight(weight, k, name):

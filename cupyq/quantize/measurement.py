@@ -1,12 +1,14 @@
 """measurement.json: the error of every linear layer under the layouts of a menu, and the choice made from them.
 
-    {"cupyq_measurement": 1, "source_sha256": ..., "menu": [layout, ...], "linears": {name: {
+    {"cupyq_measurement": 2, "source_sha256": ..., "unit": ..., "menu": [layout, ...], "linears": {name: {
         "tokens": that reached the layer, "output": mean square of its outputs, summed over them,
         "weight": what a unit of its error counts, "options": {layout: error}}}}
 
-It depends on the model and the calibration text, not on the bits asked for, and serves for any number of them.
+unit: of weight times error; "nats", what it adds to the KL of the predictions, or "share" of the mean square of the output. It
+depends on the model and the calibration text, not on the bits asked for, and serves for any number of them.
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +26,8 @@ from cupyq.quantize.layouts import Layout
 from cupyq.quantize.linear import quantize_linear
 from cupyq.quantize.recording import LayerInput
 
-_VERSION = 1
+_VERSION = 2
+_UNITS = ("nats", "share")
 _LEAST_ERROR = 1e-300  # whose logarithm exists
 
 
@@ -32,10 +35,18 @@ _LEAST_ERROR = 1e-300  # whose logarithm exists
 class Measurement:
     menu: tuple[Layout, ...]
     linears: Mapping[str, Mapping[str, Any]]
+    unit: str
+    source_sha256: str
+    path: Path | None = None
+    """Of the file it was read from."""
 
-    def allocate(self, storage_bits: Callable[[str, Layout], int], budget: int) -> dict[str, Layout]:
+    @property
+    def worths(self) -> dict[str, float]:
+        """What a unit of error of each linear layer adds to the KL of the predictions, in nats; none where it is not known."""
+        return {name: entry["weight"] for name, entry in self.linears.items()} if self.unit == "nats" else {}
+
+    def allocate(self, names: Sequence[str], storage_bits: Callable[[str, Layout], int], budget: int) -> dict[str, Layout]:
         """{name: layout}, within `budget` bits the least sum of weighted errors; storage_bits(name, layout)."""
-        names = list(self.linears)
         options = [self._options(name, [storage_bits(name, layout) for layout in self.menu]) for name in names]
         found = allocate(options, budget)
         return {name: self.menu[choice] for name, choice in zip(names, found.choice, strict=True)}
@@ -52,35 +63,52 @@ class Measurement:
         ]
         return [(bits, entry["weight"] * error) for bits, error in zip(sizes, filled, strict=True)]
 
-    def to_json(self, source_sha256: str) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         return {
             "cupyq_measurement": _VERSION,
-            "source_sha256": source_sha256,
+            "source_sha256": self.source_sha256,
+            "unit": self.unit,
             "menu": [layout.name for layout in self.menu],
             "linears": dict(self.linears),
         }
 
+    @property
+    def sha256(self) -> str:
+        """Of what it says, however its file is written."""
+        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
+
     @classmethod
-    def from_file(cls, path: Path, source_sha256: str, names: Sequence[str]) -> "Measurement":
-        """Of the model with these weights and linear layers; FormatError where the file is none or damaged, ValueError where it
-        is another model's."""
+    def from_file(cls, path: Path) -> "Measurement":
+        """FormatError where the file is none, of another version, or damaged."""
         data = read_json(path)
         if data.get("cupyq_measurement") != _VERSION:
             raise FormatError(f"{path}: not a measurement of this version of cupyq: take a measurement.json that it wrote")
-        if data.get("source_sha256") != source_sha256:
-            raise ValueError(f"{path}: measured on a model of other weights: leave it out to measure this one")
         try:
-            menu = tuple(map(Layout.parse, data["menu"]))
-            linears = {name: data["linears"][name] for name in names}
-            for name, entry in linears.items():
+            found = cls(tuple(map(Layout.parse, data["menu"])), data["linears"], data["unit"], data["source_sha256"], path)
+            if found.unit not in _UNITS:
+                raise ValueError(f"unit is {found.unit!r}")
+            for name, entry in found.linears.items():
                 numbers = [entry["weight"], *entry["options"].values()]
                 if not all(0 <= number < math.inf for number in numbers):
                     raise ValueError(f"{name} has numbers that are negative or not finite")
-                if not entry["options"].keys() & {layout.name for layout in menu}:
+                if not entry["options"].keys() & {layout.name for layout in found.menu}:
                     raise ValueError(f"{name} has no layout of the menu")
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise FormatError(f"{path}: damaged ({type(error).__name__}: {error}); leave it out to measure again") from None
-        return cls(menu, linears)
+        return found
+
+    def check_names(self, names: Sequence[str]) -> None:
+        """ValueError unless it is of these linear layers."""
+        for found, place, expected in ((self.linears, "the model", set(names)), (names, "it", set(self.linears))):
+            for name in found:
+                if name not in expected:
+                    what = f"measured on another model, or damaged: {name} is not in {place}"
+                    raise ValueError(f"{self.path}: {what}; leave it out to measure this one")
+
+    def check_source(self, source_sha256: str) -> None:
+        """ValueError unless it is of a model with these weights."""
+        if self.source_sha256 != source_sha256:
+            raise ValueError(f"{self.path}: measured on a model of other weights: leave it out to measure this one")
 
 
 def measure_input(
@@ -110,6 +138,7 @@ def weighted(
 ) -> dict[str, dict[str, Any]]:
     """The entries of `measure_input` with "weight": what a unit of their error counts, for the tokens that reach them.
 
+    An expert that none reached counts as if one had: others may, and bits that nobody misses are its own.
     sensitivities: KL of the predictions per unit of error (see `sensitivity`); None: errors count by their share of the output.
     """
     found = {}
@@ -117,7 +146,7 @@ def weighted(
         count = 1 / entry["output"] if entry["output"] > 0 else 0.0
         if sensitivities is not None:
             count = sensitivities[name]
-        found[name] = dict(entry, weight=count * (entry["tokens"] / total_tokens))
+        found[name] = dict(entry, weight=count * (max(entry["tokens"], 1) / total_tokens))
     return found
 
 
@@ -127,8 +156,8 @@ def read_json(path: Path) -> dict[str, Any]:
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise FormatError(f"{path}: cannot be opened ({error.strerror}); check the path") from None
-    except ValueError as error:
-        raise FormatError(f"{path}: not JSON ({error})") from None
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{path}: not JSON ({error}); write it again, or leave it out") from None
     if not isinstance(data, dict):
         raise FormatError(f"{path}: holds a {type(data).__name__}, expected a JSON object")
     return data

@@ -13,10 +13,18 @@ import numpy as np
 
 from cupyq.generate.perplexity import perplexity
 from cupyq.models.loader import load_model
+from cupyq.quantize.walk import HEAD
 from cupyq.quantize.writer import natural_key, write_atomically, write_json
 
 FIGURE, TEXT, DATA = "quantization.svg", "quantization.md", "quantization.json"
 """Files of a quantized model's folder. They hold no times: the same run writes the same bytes."""
+
+
+MEANING = """\
+Relative output error: |y - y_quantized| / |y|, root of the means of the squares over the calibration tokens, of a linear layer
+whose inputs are those that the quantized layers before it make. Worth: what the squared error adds to KL(source || quantized)
+of a token, in nats, estimated by noise on the layer's outputs, as when bits were allocated. Nobody measured it of the head, nor
+of GPTQ."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +44,10 @@ class LinearReport:
     output: float
     """Mean over the calibration tokens, as they count, of the squared outputs."""
     tokens: int
-    """That reached this layer: an expert sees its own only."""
+    """That reached this layer: an expert sees its own only, and is lent others for errors and outputs (see `gather.lend`)."""
+    nats: float | None = None
+    """What `error` is worth: how much it adds to KL(source || quantized) of a token, as noise on the layer's outputs told (see
+    `sensitivity`). None where that was not measured: of the head, and of GPTQ."""
 
     @property
     def bits_per_weight(self) -> float:
@@ -44,7 +55,7 @@ class LinearReport:
 
     @property
     def relative_error(self) -> float:
-        """|y - y_quantized| / |y|, root of the means of the squares; 0 where nothing reached the layer."""
+        """|y - y_quantized| / |y|, root of the means of the squares; 0 where the layer has no outputs but 0."""
         return math.sqrt(self.error / self.output) if self.output > 0 else 0.0
 
 
@@ -65,7 +76,7 @@ class Comparison:
 
 def bits_per_weight(layers: Sequence[LinearReport]) -> float:
     """Mean over the decoder's linear layers, as `Model.bits_per_weight`: the head does not count."""
-    decoder = [layer for layer in layers if layer.name != "lm_head"]
+    decoder = [layer for layer in layers if layer.name != HEAD]
     return sum(layer.storage_bits for layer in decoder) / sum(layer.k * layer.n for layer in decoder)
 
 
@@ -122,13 +133,20 @@ def read_report(folder: Path) -> tuple[dict[str, Any], list[LinearReport], Compa
 
 def summary(layers: Sequence[LinearReport], comparison: Comparison | None) -> list[str]:
     """A few lines."""
-    decoder = [layer for layer in layers if layer.name != "lm_head"]
+    decoder = [layer for layer in layers if layer.name != HEAD]
     worst = max(decoder, key=lambda layer: layer.relative_error)
     lines = [f"bits        {bits_per_weight(layers):.4f}   per weight of the decoder, scales and permutations included"]
     lines += [
         f"head        {layer.bits_per_weight:.4f}   bits per weight, {layer.layout}" for layer in layers if layer not in decoder
     ]
-    lines.append(f"error       {100 * worst.relative_error:.2f} %   of the output at most, in {worst.name}")
+    error = f"{100 * worst.relative_error:.2f} %"
+    lines.append(f"error       {error}   relative output error (root mean square), the largest: {worst.name}")
+    nats = {layer.name: layer.nats for layer in decoder if layer.nats is not None}
+    if nats:
+        dearest = max(nats, key=lambda name: nats[name])
+        lines.append(
+            f"worth       {sum(nats.values()):.6f}   nats of KL per token, estimated, of all errors; most in {dearest}"
+        )
     if comparison is not None:
         lines += [
             f"perplexity  {comparison.perplexity:.4f}   of the source {comparison.source_perplexity:.4f}, {comparison.text}",
@@ -140,10 +158,14 @@ def summary(layers: Sequence[LinearReport], comparison: Comparison | None) -> li
 
 def table(layers: Sequence[LinearReport]) -> list[str]:
     """Lines of a Markdown table, one row for each linear layer."""
-    lines = ["| layer | K x N | bits | layout | error, % of the output | tokens |", "|---|---|---:|---|---:|---:|"]
+    lines = [
+        "| layer | K x N | bits per weight | layout | relative output error, % | worth, nats per token | tokens |",
+        "|---|---|---:|---|---:|---:|---:|",
+    ]
     for layer in layers:
         size, bits, error = f"{layer.k} x {layer.n}", f"{layer.bits_per_weight:.3f}", f"{100 * layer.relative_error:.3f}"
-        lines.append(f"| {layer.name} | {size} | {bits} | {layer.layout} | {error} | {layer.tokens} |")
+        worth = "" if layer.nats is None else f"{layer.nats:.6f}"
+        lines.append(f"| {layer.name} | {size} | {bits} | {layer.layout} | {error} | {worth} | {layer.tokens} |")
     return lines
 
 
@@ -151,7 +173,7 @@ def markdown(layers: Sequence[LinearReport], settings: Mapping[str, Any], title:
     """The report as text: summary, picture, settings, table."""
     shown = (f"| {name} | {_shown(value)} |" for name, value in settings.items() if value is not None)
     parts = [f"# {title}", "", "```", *summary(layers, comparison), "```", "", f"![Bits and errors]({FIGURE})", ""]
-    return "\n".join([*parts, "| setting | value |", "|---|---|", *shown, "", *table(layers), ""])
+    return "\n".join([*parts, "| setting | value |", "|---|---|", *shown, "", *table(layers), "", MEANING, ""])
 
 
 def _shown(value: Any) -> str:
@@ -164,17 +186,63 @@ def _shown(value: Any) -> str:
 # Light to dark of one colour, so that order is read off without a legend and by people of every colour vision.
 _RAMP = ((247, 251, 255), (198, 219, 239), (107, 174, 214), (33, 113, 181), (8, 48, 107))
 _LOW_BITS, _HIGH_BITS = 2.0, 8.25
-_LOW_ERROR, _HIGH_ERROR = 0.002, 0.5  # of the output; errors are coloured by their logarithm
+_LOW_ERROR, _HIGH_ERROR = 0.2, 50  # %; coloured, like worths, by their logarithm
+_LOW_WORTH, _HIGH_WORTH = 0.001, 10  # thousandths of a nat
 _LEFT, _TOP, _ROW, _GAP, _LEGEND = 190, 64, 20, 66, 120
 
 
+@dataclass(frozen=True)
+class _Panel:
+    """One number of every linear layer."""
+
+    title: str
+    value: Callable[[LinearReport], float | None]
+    share: Callable[[float], float]
+    """Where on the ramp a value is, 0 to 1."""
+    label: str
+    """How a value is written in its cell, as a format."""
+    legend: Sequence[tuple[str, float]]
+    """(Text, value) of a few shades."""
+
+
+def _on_logarithms(low: float, high: float) -> Callable[[float], float]:
+    return lambda value: math.log(max(value, 1e-12) / low) / math.log(high / low)
+
+
+_PANELS = (
+    _Panel(
+        "Bits per weight, scales and permutations included",
+        lambda layer: layer.bits_per_weight,
+        lambda bits: (bits - _LOW_BITS) / (_HIGH_BITS - _LOW_BITS),
+        ".2f",
+        [(f"{bits} bits", bits) for bits in (2, 3, 4, 6, 8)],
+    ),
+    _Panel(
+        "Relative output error, % (root mean square, on the calibration text)",
+        lambda layer: 100 * layer.relative_error,
+        _on_logarithms(_LOW_ERROR, _HIGH_ERROR),
+        ".1f",
+        [(f"{error:g} %", error) for error in (0.5, 2, 5, 20, 50)],
+    ),
+    _Panel(
+        "Worth of the error, thousandths of a nat per token (what it adds to KL, estimated)",
+        lambda layer: None if layer.nats is None else 1000 * layer.nats,
+        _on_logarithms(_LOW_WORTH, _HIGH_WORTH),
+        ".2g",
+        [(f"{worth:g}", worth) for worth in (0.01, 0.1, 1, 10)],
+    ),
+)
+
+
 def figure(layers: Sequence[LinearReport], title: str) -> str:
-    """The SVG text: bits, and below them errors, of every linear layer: a column for each layer, a row for each projection."""
+    """The SVG text: bits, errors and what these are worth, of every linear layer: a column for each layer, a row for each
+    projection."""
     cells, rows, columns = _grid(layers)
+    panels = [panel for panel in _PANELS if any(panel.value(layer) is not None for layer in layers)]
     width_of_cell = 42 if len(columns) <= 24 else 24 if len(columns) <= 48 else 14
-    panel = _ROW * len(rows)
+    depth = _ROW * len(rows)
     width = max(_LEFT + width_of_cell * len(columns) + _LEGEND, 560)
-    height = _TOP + 2 * (panel + _GAP)
+    height = _TOP + len(panels) * (depth + _GAP)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
         'font-family="Helvetica, Arial, DejaVu Sans, sans-serif" font-size="11" fill="#333">',
@@ -182,40 +250,35 @@ def figure(layers: Sequence[LinearReport], title: str) -> str:
         f'<rect width="{width}" height="{height}" fill="white"/>',
         _text(16, 24, title, size=15, weight="bold", color="#111"),
     ]
-    scale = math.log(_HIGH_ERROR / _LOW_ERROR)
-    bits = (
-        "Bits per weight, scales and permutations included",
-        lambda layer: (layer.bits_per_weight - _LOW_BITS) / (_HIGH_BITS - _LOW_BITS),
-        lambda layer: f"{layer.bits_per_weight:.2f}",
-        [(f"{value} bits", (value - _LOW_BITS) / (_HIGH_BITS - _LOW_BITS)) for value in (2, 3, 4, 6, 8)],
-    )
-    errors = (
-        "Error of the output, % (root mean square, on the calibration text)",
-        lambda layer: math.log(max(layer.relative_error, 1e-9) / _LOW_ERROR) / scale,
-        lambda layer: f"{100 * layer.relative_error:.1f}",
-        [(f"{100 * value:g} %", math.log(value / _LOW_ERROR) / scale) for value in (0.005, 0.02, 0.05, 0.2, 0.5)],
-    )
-    for number, (name, share, label, legend) in enumerate((bits, errors)):
-        top = _TOP + number * (panel + _GAP)
-        parts.append(_text(16, top - 12, name, size=12, weight="bold", color="#111"))
+    for number, panel in enumerate(panels):
+        top = _TOP + number * (depth + _GAP)
+        parts.append(_text(16, top - 12, panel.title, size=12, weight="bold", color="#111"))
         for line, row in enumerate(rows):
             parts.append(_text(_LEFT - 8, top + _ROW * line + 14, row, anchor="end"))
         for place, column in enumerate(columns):
             if len(columns) <= 24 or place % 4 == 0:
-                parts.append(_text(_LEFT + width_of_cell * (place + 0.5), top + panel + 16, column, anchor="middle"))
+                parts.append(_text(_LEFT + width_of_cell * (place + 0.5), top + depth + 16, column, anchor="middle"))
         for layer, line, place in cells:
-            x, y, dark = _LEFT + width_of_cell * place, top + _ROW * line, share(layer)
-            tip = f"<title>{escape(f'{layer.name}: {layer.layout}, {layer.bits_per_weight:.3f} bits')}</title>"
-            box = f'x="{x}" y="{y}" width="{width_of_cell - 1}" height="{_ROW - 1}" fill="{_color(dark)}"'
-            parts.append(f'<rect class="cell" {box}>{tip}</rect>')
-            if width_of_cell >= 30:
-                ink = "#111" if dark < 0.55 else "white"
-                parts.append(_text(x + width_of_cell / 2, y + 14, label(layer), anchor="middle", size=9, color=ink))
-        for step, (name, dark) in enumerate(legend):
+            parts += _cell(panel, layer, _LEFT + width_of_cell * place, top + _ROW * line, width_of_cell)
+        for step, (text, value) in enumerate(panel.legend):
             x, y = _LEFT + width_of_cell * len(columns) + 16, top + 16 * step
-            parts.append(f'<rect x="{x}" y="{y}" width="12" height="12" fill="{_color(dark)}" stroke="#BBB"/>')
-            parts.append(_text(x + 18, y + 10, name))
+            parts.append(f'<rect x="{x}" y="{y}" width="12" height="12" fill="{_color(panel.share(value))}" stroke="#BBB"/>')
+            parts.append(_text(x + 18, y + 10, text))
     return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def _cell(panel: _Panel, layer: LinearReport, x: int, y: int, width: int) -> list[str]:
+    value = panel.value(layer)
+    if value is None:
+        return []
+    dark = panel.share(value)
+    tip = f"<title>{escape(f'{layer.name}: {layer.layout}, {layer.bits_per_weight:.3f} bits')}</title>"
+    box = f'x="{x}" y="{y}" width="{width - 1}" height="{_ROW - 1}" fill="{_color(dark)}"'
+    parts = [f'<rect class="cell" {box}>{tip}</rect>']
+    if width >= 30:
+        ink = "#111" if dark < 0.55 else "white"
+        parts.append(_text(x + width / 2, y + 14, format(value, panel.label), anchor="middle", size=9, color=ink))
+    return parts
 
 
 def _grid(layers: Sequence[LinearReport]) -> tuple[list[tuple[LinearReport, int, int]], list[str], list[str]]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from cupyq.formats.gptq import GPTQ_WIDTHS
 from cupyq.quantize.layouts import HEAD_LAYOUTS, Layout
+from cupyq.quantize.linear import MOST_GROUP_ROWS
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ class Request:
     def _check_gptq(self) -> None:
         if self.bits not in GPTQ_WIDTHS:
             raise ValueError(f"bits must be 2, 3, 4 or 8 for GPTQ, got {self.bits:g}")
-        if self.group_size != -1 and (self.group_size < 32 or self.group_size % 32):
+        is_whole = isinstance(self.group_size, int)
+        if not is_whole or (self.group_size != -1 and (self.group_size < 32 or self.group_size % 32)):
             raise ValueError(f"group_size must be a multiple of 32, or -1 for one group, got {self.group_size!r}")
 
     def _check_exl2(self) -> None:
@@ -57,6 +59,13 @@ class Request:
             raise ValueError(f"head_bits must be one of {', '.join(map(str, HEAD_LAYOUTS))}, got {self.head_bits!r}")
         if not self.menu:
             raise ValueError("menu is empty: give at least one Layout")
+        for layout in self.menu:
+            largest = max(part.group_size for part in layout.parts)
+            if largest > MOST_GROUP_ROWS:
+                raise ValueError(
+                    f"menu: layout {layout.name!r} has groups of {largest} rows, and EXL2 layers are quantized in groups of at "
+                    f"most {MOST_GROUP_ROWS}: take smaller ones"
+                )
 
     @property
     def is_gptq(self) -> bool:

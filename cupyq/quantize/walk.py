@@ -25,6 +25,9 @@ from cupyq.quantize.recording import (
     words,
 )
 
+HEAD = "lm_head"
+"""The head's name among linear layers."""
+
 
 def replace(linear: Linear, values: Any) -> Any:
     """Put other weights in a Linear's place -> those it had, [K, N], which may be put back in the same way.
@@ -105,11 +108,11 @@ class LayerWalk:
         return self.config.num_hidden_layers
 
     def shapes(self) -> dict[str, tuple[int, int]]:
-        """(K, N) of every linear layer by name, routers left out, in order, lm_head last; nothing is read for it.
+        """(K, N) of every linear layer by name, routers left out, in order, the head last; nothing is read for it.
 
         UnsupportedError for a model that is quantized already.
         """
-        plan, head = self._blueprint, "lm_head"
+        plan = self._blueprint
         parts = [part for layer in plan.layers for part in (*layer.attention, *layer.mlp)]
         parts += [plan.head] if plan.head is not None else []
         found = {}
@@ -119,7 +122,7 @@ class LayerWalk:
             shape = plan.checkpoint.info(part.tensors["weight"].name).shape
             if len(shape) == 2 and not self._is_router(part.key):
                 found[part.key] = shape[::-1]
-        found.setdefault(head, (self.config.hidden_size, self.config.vocab_size))
+        found.setdefault(HEAD, (self.config.hidden_size, self.config.vocab_size))
         return found
 
     def _is_router(self, key: str) -> bool:

@@ -79,6 +79,22 @@ def check_paths(source: str | os.PathLike[str], out: str | os.PathLike[str]) -> 
     return source, out
 
 
+def check_shards(checkpoint: Checkpoint) -> None:
+    """FormatError where an index names a file that is not there for tensors that no other file holds: a download that was
+    interrupted. An index none of whose files is there was left behind by a conversion, and says nothing."""
+    for path in sorted(checkpoint.folder.glob("*.safetensors.index.json")):
+        try:
+            files = {str(tensor): str(file) for tensor, file in json.loads(path.read_bytes())["weight_map"].items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            continue  # what it would say is in the files too
+        present = {file for file in files.values() if (checkpoint.folder / file).is_file()}
+        missing = sorted({file for tensor, file in files.items() if file not in present and tensor not in checkpoint})
+        if present and missing:
+            more = f", like {len(missing) - 1} more," if len(missing) > 1 else ""
+            where = f"{checkpoint.folder / missing[0]}: missing{more}"
+            raise FormatError(f"{where} though {path.name} names it; download the model again")
+
+
 def partial_folder(out: Path) -> Path:
     """Where the work for `out` is done: beside it, so that a rename ends it."""
     return out.with_name(f"{out.name}.partial")
