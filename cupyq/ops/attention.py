@@ -314,7 +314,7 @@ def pick_kernel(dtype, most_queries, head_dim, is_aligned, arch, has_codes=False
         return "simple"
     if most_queries <= _DECODE_QUERIES:
         return "decode"
-    if arch == "sm_90a" and not has_codes and attention_wgmma.supports(head_dim, page_size):
+    if arch == "sm_90a" and attention_wgmma.supports(head_dim, page_size, has_codes):
         return "wgmma"
     return "prefill"
 
@@ -354,6 +354,8 @@ def _launch_attention(problem, q, k, v, out, workspace):
     if problem.capacity == 0:
         kernel = "simple"  # which reads no key then; others may want memory to name
     elif kernel == "decode" and not attention_decode.supports(problem, k, v):
+        kernel = "prefill"
+    elif kernel == "wgmma" and isinstance(k, CacheCodes) != isinstance(v, CacheCodes):
         kernel = "prefill"
     if kernel == "decode":
         attention_decode.launch(problem, q, k, v, out, workspace)
