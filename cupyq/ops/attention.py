@@ -237,6 +237,7 @@ def _positive(value, name):
 # --- the reference ----------------------------------------------------------------------------------------------------
 
 _REFERENCE_SCORES = 1 << 22
+_REFERENCE_QUERIES = 64  # of a block where each sees other keys: more would score many keys that are masked out
 
 
 def attention_reference(q, k, v, scale, causal, window, softcap, kv_lengths, sinks=None, block_table=None, query_starts=None):
@@ -262,6 +263,8 @@ def attention_reference(q, k, v, scale, causal, window, softcap, kv_lengths, sin
         keys = float64(_stored(k, b, first, last, block_table, q.dtype)).transpose(1, 2, 0)  # [kv_heads, head_dim, keys]
         values = float64(_stored(v, b, first, last, block_table, q.dtype)).transpose(1, 0, 2)  # [kv_heads, keys, head_dim]
         block = max(1, _REFERENCE_SCORES // (heads * (last - first)))
+        if causal or window is not None:
+            block = min(block, _REFERENCE_QUERIES)
         for start in range(0, seq, block):
             rows = slice(start, min(start + block, seq))
             low, high = int(begins[rows.start]), int(ends[rows.stop - 1])
@@ -276,7 +279,7 @@ def attention_reference(q, k, v, scale, causal, window, softcap, kv_lengths, sin
             if softcap is not None:
                 scores = softcap * np.tanh(scores / softcap)
             j = np.arange(low, high)
-            scores[..., (j < begins[rows, None]) | (j >= ends[rows, None])] = -np.inf
+            np.copyto(scores, -np.inf, where=(j < begins[rows, None]) | (j >= ends[rows, None]))
             top = np.maximum(scores.max(axis=-1, keepdims=True), sink)
             top = np.where(top == -np.inf, 0.0, top)
             scores -= top
