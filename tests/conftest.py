@@ -185,8 +185,16 @@ def _golden_table(reporter):
         yield f"{case:<36}{measure:<34}" + "".join(f"{'' if e is None else f'{e:.3g}':>12}" for e in numbers)
 
 
+def _compile_receipt_state(reporter):
+    """A line where test_repo.py had to compile all of a file, as compile_receipt.json does not cover it."""
+    reports = (report for category in ("passed", "failed") for report in reporter.stats.get(category, ()))
+    stale = {v for report in reports for name, v in getattr(report, "user_properties", ()) if name == "not in the receipt"}
+    if stale:
+        yield f"compile_receipt.json: does not cover {', '.join(sorted(stale))}; run `python tests/compile_checks.py`"
+
+
 def pytest_terminal_summary(terminalreporter, exitstatus, config):
-    for line in _golden_table(terminalreporter):
+    for line in (*_golden_table(terminalreporter), *_compile_receipt_state(terminalreporter)):
         terminalreporter.write_line(line)
     if path := config.getoption("--gpu-receipt"):
         counts = _gpu_counts(terminalreporter)

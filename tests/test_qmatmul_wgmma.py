@@ -52,7 +52,8 @@ def test_a_cut_takes_every_stage_once(m, ns, width_blocks):
             items = -(-m // config.rows) * sum(math.ceil(n / (128 * config.warpgroups_n)) for n in ns)
             taken = np.zeros((items, stages), np.int32)
             sharing = np.zeros(items, np.int32)
-            for found in segments(config):
+            of_blocks = segments(config)
+            for found in of_blocks:
                 for item, begin, end, _ in found:
                     taken[item, begin:end] += 1
                     sharing[item] += 1
@@ -61,7 +62,7 @@ def test_a_cut_takes_every_stage_once(m, ns, width_blocks):
                 assert all(parts == 1 for _, begin, end, parts in found if begin == 0 and end == stages)
             assert (taken == 1).all()
             assert (sharing.max() > 1) <= config.is_shared
-            for found in segments(config):
+            for found in of_blocks:
                 assert all(sharing[item] == parts for item, _, _, parts in found)
             assert config.thread_blocks <= sm_count
             assert not config.is_shared or 2 * config.shared_items <= COUNTERS

@@ -253,7 +253,7 @@ def test_one_pair_is_in_memory_at_a_time(monkeypatch, name):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("on_host", [False, True])
 def test_two_walks_on_a_gpu(cupy, dtype, on_host):
     """Near what NumPy finds, wherever the hidden states are."""
@@ -279,7 +279,7 @@ def test_two_walks_on_a_gpu(cupy, dtype, on_host):
                             assert same_bits(host(own), host(other))
                 walk.run(layer, hidden)
                 walk.run(original, originals)
-    tolerance = {"float16": 0.02, "bfloat16": 0.15, "float32": 1e-3}[dtype]
+    tolerance = {"float16": 0.02, "bfloat16": 0.15}[dtype]
     for name, (expected, tokens) in found[1].items():
         hessian, count = found[0][name]
         assert count == tokens and hessian.total == pytest.approx(expected.total, rel=tolerance)

@@ -2,7 +2,6 @@
 
 import ast
 import doctest
-import hashlib
 import importlib
 import inspect
 import json
@@ -12,11 +11,24 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
+import compile_checks
 import pytest
+from compile_checks import (
+    compilation_key,
+    float_atomics_in,
+    in_threads,
+    included_text,
+    instances_by_file,
+    ptx_of,
+    share,
+    spill_bytes,
+    to_compile,
+    to_compile_to_ptx,
+)
 from conftest import ROOT, digest_of, receipt_state, source_digests
 
 import cupyq
@@ -24,7 +36,6 @@ from cupyq import _kernels
 from cupyq._device import TARGET_ARCHS
 
 sys.path.insert(0, str(ROOT / "tools"))
-from compile_table import compile_and_read_log, listed_instances  # noqa: E402
 from cuda_extra import cuda_extra  # noqa: E402
 
 PACKAGE = ROOT / "cupyq"
@@ -268,15 +279,16 @@ def without_comments(text):
 
 @pytest.mark.parametrize("file", [path.stem for path in kernel_files()])
 @pytest.mark.parametrize("arch", TARGET_ARCHS)
-def test_every_instance_compiles_without_spilling(arch, file, request):
-    """Without a GPU. What a compilation gave is kept in the cache of pytest until its text changes."""
+def test_every_instance_compiles_without_spilling(arch, file, request, record_property):
+    """Without a GPU: all instances, or a share where the receipt says that all were compiled as they are now. What a
+    compilation gave is kept in the cache of pytest until its text changes."""
+    if not compile_checks.is_receipted(file):
+        record_property("not in the receipt", f"{file}.cu")
     cache = getattr(request.config, "cache", None)
-    instances = {compilation_key(i, arch): i for i in listed_instances() if i.file == file}
+    instances = {compilation_key(i, arch): i for i in to_compile(file, arch)}
     known = cache.get(f"cupyq/spills-{arch}-{file}", {}) if cache else {}
     missing = [key for key in instances if key not in known]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = pool.map(lambda key: compile_and_read_log(instances[key], arch).spill_bytes, missing)
-        spills = known | dict(zip(missing, results, strict=True))
+    spills = known | dict(zip(missing, in_threads(lambda key: spill_bytes(instances[key], arch), missing), strict=True))
     spills = {key: spills[key] for key in instances}
     if cache:
         cache.set(f"cupyq/spills-{arch}-{file}", spills)
@@ -284,30 +296,88 @@ def test_every_instance_compiles_without_spilling(arch, file, request):
     assert spills
 
 
-def compilation_key(instance, arch):
-    """Everything the result of a compilation depends on."""
-    version = _kernels._nvrtc().getVersion()
-    parts = (included_text(f"{instance.file}.cu"), instance.expression, arch, str(_kernels.OPTIONS), str(version))
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
-
-
-def float_atomics_in(ptx):
-    """Atomic additions of floats in a PTX text: they add in the order of arrival, so other bits on every run."""
-    return re.findall(r"\b(?:atom|red)\.[\w.:]*add[\w.:]*\.b?f(?:16|32|64)\S*", ptx)
-
-
 def test_no_kernel_adds_floats_atomically():
-    """Read off the compiled text, as atomicAdd is legal on integers. An unknown architecture compiles to PTX."""
-    suspects = [i for i in listed_instances() if re.search(r"atomicAdd|\batom\.|\bred\.", included_text(f"{i.file}.cu"))]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        texts = list(pool.map(lambda instance: _kernels.compile_instance(instance, "sm_999")[0].decode(), suspects))
+    """Read off the compiled text, as atomicAdd is legal on integers."""
+    suspects = to_compile_to_ptx()
+    texts = in_threads(ptx_of, suspects)
     assert {str(i): float_atomics_in(text) for i, text in zip(suspects, texts, strict=True) if float_atomics_in(text)} == {}
     assert all(".target sm_" in text for text in texts)
 
 
-def included_text(name):
-    text = (KERNELS / name).read_text()
-    return text + "".join(included_text(header) for header in re.findall(r'#include "(\w+\.cuh)"', text))
+def test_a_share_has_every_instance_and_every_kernel_for_every_target():
+    for file, instances in instances_by_file().items():
+        shares = [share(instances, arch) for arch in TARGET_ARCHS]
+        assert set().union(*shares) == set(instances), file
+        kernels = {i.expression.split("<")[0] for i in instances}
+        assert [{i.expression.split("<")[0] for i in chosen} for chosen in shares] == [kernels] * len(TARGET_ARCHS)
+    assert len(share([_kernels.instance("a", i) for i in range(20)], "sm_80")) == 3
+
+
+@pytest.mark.parametrize("name", ["cu/rms_norm.cu", "cu/norm.cuh", "instances", "archs", "options", "nvrtc", "checks", "entry"])
+def test_the_compile_receipt_covers_only_what_was_compiled(name, monkeypatch):
+    """Whatever a compilation depends on: once it changes, all instances of the file are compiled again."""
+    file, (texts, digest) = "rms_norm", _kernels._sources()
+    is_receipted = compile_checks.is_receipted.__wrapped__
+    entries = {file: compile_checks.digest_of_file(file)}
+    monkeypatch.setattr(compile_checks, "receipted_digests", lambda: entries)
+    monkeypatch.setattr(compile_checks, "is_receipted", is_receipted)
+    listed = instances_by_file()[file]
+    assert is_receipted(file) and len(to_compile(file, "sm_80")) < len(listed)
+    if name.startswith("cu/"):
+        changed = {name.removeprefix("cu/"): texts[name.removeprefix("cu/")] + " "}
+        monkeypatch.setattr(_kernels, "_sources", lambda: (texts | changed, digest))
+    elif name == "instances":
+        listed = [*listed, listed[0]._replace(expression="rms_norm<more>")]
+        monkeypatch.setattr(compile_checks, "instances_by_file", lambda: {file: listed})
+    elif name == "archs":
+        monkeypatch.setattr(compile_checks, "TARGET_ARCHS", (*TARGET_ARCHS, "sm_121"))
+    elif name == "options":
+        monkeypatch.setattr(_kernels, "OPTIONS", (*_kernels.OPTIONS, "--use_fast_math"))
+    elif name == "nvrtc":
+        monkeypatch.setattr(_kernels, "_nvrtc", lambda: SimpleNamespace(getVersion=lambda: (99, 0)))
+    elif name == "checks":
+        monkeypatch.setattr(compile_checks, "_text_of_checks", lambda: "others")
+    else:
+        entries.clear()
+    assert not is_receipted(file) and to_compile(file, "sm_80") == listed
+
+
+def test_the_compile_receipt_names_what_was_compiled_without_fault(tmp_path, monkeypatch):
+    digests = {file: compile_checks.digest_of_file(file) for file in ("softcap", "group_rows")}
+    listed = {file: instances_by_file()[file] for file in digests}
+    pairs = {file: {(i, arch) for i in listed[file] for arch in TARGET_ARCHS} for file in digests}
+    receipt, asked, spilling = tmp_path / "receipt.json", set(), []
+
+    def spills(instance, arch):
+        asked.add((instance, arch))
+        return 8 * (instance.file in spilling and arch == "sm_120")
+
+    def noted():
+        return json.loads(receipt.read_text())["files"] if receipt.exists() else {}
+
+    monkeypatch.setattr(compile_checks, "instances_by_file", lambda: listed)
+    monkeypatch.setattr(compile_checks, "digest_of_file", digests.get)
+    monkeypatch.setattr(compile_checks, "receipted_digests", noted)
+    monkeypatch.setattr(compile_checks, "is_receipted", compile_checks.is_receipted.__wrapped__)
+    monkeypatch.setattr(compile_checks, "RECEIPT", receipt)
+    monkeypatch.setattr(compile_checks, "spill_bytes", spills)
+    monkeypatch.setattr(compile_checks, "ptx_of", lambda instance: "red.global.add.f32 [%rd1], %f2;")
+    spilling.append("softcap")
+    with pytest.raises(SystemExit, match="spills 8 bytes on sm_120"):
+        compile_checks.write_receipt()
+    assert noted() == {} and asked == pairs["softcap"]
+    spilling.clear()
+    with pytest.raises(SystemExit, match="adds floats atomically"):  # group_rows has atomics, of integers
+        compile_checks.write_receipt()
+    assert noted() == {"softcap": digests["softcap"]}
+    asked.clear()
+    monkeypatch.setattr(compile_checks, "ptx_of", lambda instance: "atom.global.add.u32 %r1, [%rd1], 1;")
+    compile_checks.write_receipt()
+    assert noted() == digests and asked == pairs["group_rows"]
+
+
+def test_texts_of_all_headers_are_part_of_a_kernel():
+    assert "rms_norm(" in included_text("rms_norm.cu") and (KERNELS / "norm.cuh").read_text() in included_text("rms_norm.cu")
 
 
 def test_float_atomics_would_be_seen():
@@ -322,7 +392,7 @@ def test_float_atomics_would_be_seen():
 
 
 def test_every_kernel_has_a_listed_instance():
-    listed = {(instance.file, instance.expression.split("<")[0]) for instance in listed_instances()}
+    listed = {(file, i.expression.split("<")[0]) for file, instances in instances_by_file().items() for i in instances}
     written = {(path.stem, kernel) for path in kernel_files() for kernel in kernels_in(path.read_text())}
     assert written - listed == set()
     assert listed - written == set()
@@ -399,7 +469,8 @@ def test_every_test_file_has_something_to_test():
     Modules whose names say little outside of their folder have it before them, as test_<folder>_<module>.py.
     """
     stems = {path.stem.lstrip("_") for path in PACKAGE.rglob("*")}
-    stems |= {f"{folder}_{path.stem.lstrip('_')}" for folder in ("ext", "quantize") for path in (PACKAGE / folder).glob("*.py")}
+    folders = [PACKAGE / name for name in ("ext", "quantize", "bench")]
+    stems |= {f"{folder.name}_{path.stem.lstrip('_')}" for folder in folders for path in folder.glob("*.py")}
     tests = {path.stem.removeprefix("test_") for path in (ROOT / "tests").glob("test_*.py")}
     assert tests - stems - {"repo", "examples", "golden", "blocks", "ext_hostile", "qmatmul_before"} == set()
 
@@ -532,7 +603,9 @@ def run_pytest(tmp_path):
     def run(*options, cupy):
         (tmp_path / "cupy.py").write_text(cupy)
         environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "PYTHONDONTWRITEBYTECODE": "1"}
-        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", *options]
+        environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # loading them takes three times as long as the tests
+        plugins = ("-p", "xdist.plugin") if "-n" in options else ()
+        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *plugins, "-q", *options]
         return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
 
     return run

@@ -8,36 +8,31 @@
 //             for the scores and turns them into weights. Where it takes_turns, a warpgroup starts its products when the one
 //             before has started its own: the softmax of one then runs under the products of the other. Tiles go from the
 //             last visible key to the first.
+//             From caches of codes, four warps make the tiles instead: each has a quarter of a tile's rows come to shared memory
+//             as they are stored, a tile ahead, and decodes them into the ring (kv_wgmma.cuh).
 //             One thread block per multiprocessor takes items in turns, there and back, those with most keys first.
 // Numerics    products of 16-bit values summed in fp32; online softmax in fp32, base 2; weights rounded to T for the product
 //             with V, their sum not; one rounding at the store. The offset is the largest score, not one some way behind it,
 //             which would save rescaling: a weight that decides alone is then 1, and rounds to itself. Key order is fixed:
-//             same bits every run, wherever pages lie.
-// Limits      sm_90a. HEAD 64, 96, 128 or 256, the whole head; 16-byte aligned arrays; pages a power of two of tokens, from 8
-//             on; any seq, capacity and batch. out may be q.
-// Traffic     2 * rows * heads * HEAD values (q, out) + K and V once from memory (each item again from L2);
+//             same bits every run, wherever pages lie. Codes meet the tensor cores as float16, q4 and q8 transformed, as in
+//             attention_decode.
+// Limits      sm_90a. HEAD 64, 96, 128 or 256, the whole head, with codes a multiple of 64; 16-byte aligned arrays; pages a power
+//             of two of tokens, from 8 on where caches are dense; both are, or none; any seq, capacity and batch. out may be q.
+// Traffic     2 * rows * heads * HEAD values (q, out) + K and V, or their codes, once from memory (each item again from L2);
 //             4 * HEAD flops per visible (query, key) pair and head.
 // Reference   cupyq/ops/attention.py: attention_reference. Method: FlashAttention-3, arXiv 2407.08608.
-#include "attention.cuh"
-#include "wgmma.cuh"
+#include "kv_wgmma.cuh"
 
 // Of q: [rows, heads, HEAD], boxes of an item's queries, one head and 64 columns. Of k and v: [pages, page_size, kv_heads,
-// HEAD], boxes of min(page_size, tile_keys) tokens, one head and 64 columns.
+// HEAD], boxes of min(page_size, tile_keys) tokens, one head and 64 columns; not used where the caches hold codes.
 struct alignas(16) AttentionMaps {
     uint8 padding[48];  // _tensor_maps.py says why
     TensorMap q, k, v;
 };
 
-// Where in the ring one is, and the parity of the barriers there.
-template <int stages> struct RingCursor {
-    int slot = 0;
-    uint32 parity = 0;
-    __device__ __forceinline__ void advance() {
-        if (++slot == stages) slot = 0, parity ^= 1;
-    }
-};
-
-template <typename T, int HEAD, int tile_keys, int stages, int warpgroups, bool takes_turns, bool has_softcap>
+template <
+    typename T, int HEAD, int tile_keys, int stages, int warpgroups, bool takes_turns, bool has_softcap,
+    CacheKind k_kind = dense, CacheKind v_kind = dense>
 __global__ void __launch_bounds__(128 * (warpgroups + 1), 1) attention_wgmma(
     const __grid_constant__ AttentionMaps maps,
     T *out,                   // [batch, seq, heads, HEAD], or [rows, heads, HEAD]
@@ -46,7 +41,11 @@ __global__ void __launch_bounds__(128 * (warpgroups + 1), 1) attention_wgmma(
     const int *query_starts,  // [batch + 1] or null: seq rows each
     const float *sinks,       // [heads] or null
     int items, int batch, int rows, int heads, int kv_heads, int capacity, int page_size, int max_pages, int pages,
-    int is_causal, int window, float scale, float softcap) {  // rows: of q; softcap only where has_softcap
+    int is_causal, int window, float scale, float softcap,  // rows: of q; softcap only where has_softcap
+    const uint8 *k_codes,    // [pages, page_size, kv_heads, row bytes]; null where caches are dense, as the next ones
+    const half *k_scales,    // [pages, page_size, kv_heads, HEAD / 32], e4m3: [pages, page_size, kv_heads]
+    const uint8 *v_codes,    // as k_codes
+    const half *v_scales) {  // as k_scales
 #ifndef __CUDA_ARCH_FEAT_SM90_ALL
     __trap();
 #else
@@ -54,26 +53,43 @@ __global__ void __launch_bounds__(128 * (warpgroups + 1), 1) attention_wgmma(
     constexpr int q_block_bytes = tile_rows * 128, key_block_bytes = tile_keys * 128;
     constexpr int q_bytes = blocks * q_block_bytes, tile_bytes = blocks * key_block_bytes;
     constexpr bool overlays = HEAD > 128;  // results lie where the queries were on their way out
-    constexpr int TURN = 4;                // named barriers: 1 + warpgroup for one alone, TURN + warpgroup for its turn
-    extern __shared__ uint4 shared[];
-    __shared__ uint64 q_full, q_empty, k_full[stages], k_empty[stages], v_full[stages], v_empty[stages];
-
-    // Whole swizzled tiles begin at multiples of 1024 bytes.
+    constexpr bool has_codes = k_kind != dense;
+    static_assert(has_codes == (v_kind != dense), "both caches hold codes, or none");
+    using M = typename MathType<k_kind, T>::type;  // what the tensor cores multiply
+    constexpr int copiers = has_codes ? 4 : 1;     // arrivals that fill a tile
+    constexpr int few = has_codes         ? (HEAD > 128 ? 56 : 104)
+                        : warpgroups == 2 ? 40
+                                          : 32;  // registers of a thread that copies
+    constexpr int many = has_codes         ? (HEAD > 128 ? 224 : 200)
+                         : warpgroups == 2 ? 232
+                                           : 160;  // and of one that multiplies
+    constexpr int TURN = 4;  // named barriers: 1 + warpgroup for one alone, TURN + warpgroup for its turn
+    // Whole swizzled tiles begin at multiples of 1024 bytes. With codes memory is short: no byte is left for aligning.
+    extern __shared__ __align__(1024) uint8 shared[];
     uint32 q_at = (shared_address(shared) + 1023) & ~1023u;
-    uint32 k_at = q_at + q_bytes, v_at = k_at + stages * tile_bytes;
-    uint32 out_at = overlays ? q_at : v_at + stages * tile_bytes;
+    uint32 k_at = q_at + q_bytes, v_at = k_at + stages * tile_bytes, v_end = v_at + stages * tile_bytes;
+    uint32 out_at = overlays ? q_at : v_end, codes_at = overlays ? v_end : v_end + q_bytes;
+    uint32 q_full;
+    if constexpr (has_codes) {
+        q_full = codes_at + code_tile_bytes<k_kind, HEAD, tile_keys> + code_tile_bytes<v_kind, HEAD, tile_keys>;
+    } else {
+        __shared__ uint64 barriers[2 + 4 * stages];
+        q_full = shared_address(barriers);
+    }
+    uint32 q_empty = q_full + 8, k_full = q_empty + 8, k_empty = k_full + 8 * stages;  // one for each place in a ring
+    uint32 v_full = k_empty + 8 * stages, v_empty = v_full + 8 * stages;
 
     int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0),
         warp = __shfl_sync(0xffffffffu, threadIdx.x / 32 % 4, 0);
     int lane = threadIdx.x % 32;
     if (threadIdx.x == 0) {
-        barrier_init(shared_address(&q_full), 1);
-        barrier_init(shared_address(&q_empty), 4 * warpgroups);
+        barrier_init(q_full, 1);
+        barrier_init(q_empty, 4 * warpgroups);
         for (int i = 0; i < stages; i++) {
-            barrier_init(shared_address(&k_full[i]), 1);
-            barrier_init(shared_address(&v_full[i]), 1);
-            barrier_init(shared_address(&k_empty[i]), 4 * warpgroups);
-            barrier_init(shared_address(&v_empty[i]), 4 * warpgroups);
+            barrier_init(k_full + 8 * i, copiers);
+            barrier_init(v_full + 8 * i, copiers);
+            barrier_init(k_empty + 8 * i, 4 * warpgroups);
+            barrier_init(v_empty + 8 * i, 4 * warpgroups);
         }
         barrier_init_done();
     }
@@ -128,13 +144,57 @@ __global__ void __launch_bounds__(128 * (warpgroups + 1), 1) attention_wgmma(
     };
 
     if (warpgroup == warpgroups) {
-        give_registers_back<warpgroups == 2 ? 40 : 32>();
+        give_registers_back<few>();
+        if constexpr (has_codes) {
+            KeyRange tiles = {0, 0};
+            int tile = 0, turn = 0;
+            auto find_tile = [&] {
+                CodeTile found = {};
+                found.begins_item = tile <= tiles.begin;
+                if (found.begins_item) {
+                    do {
+                        if (!find_item(turn++)) return found;
+                        tiles = visible_tiles();
+                    } while (tiles.end <= tiles.begin);
+                    tile = tiles.end;
+                }
+                tile--;
+                // Slots outside of these keys may hold anything, NaN included: zeros come in their place.
+                int key = tile * tile_keys + warp * (tile_keys / 4) + lane;
+                bool is_used = lane < tile_keys / 4 && key >= visible(0).begin && key < length;
+                found.place = {sequence, key, is_used};
+                if (block_table && is_used) {
+                    int column = key >> (31 - __clz(page_size));
+                    found.place = {block_table[(int64)sequence * max_pages + column], key & (page_size - 1), is_used};
+                }
+                found.is_found = true, found.kv_head = head / (heads / kv_heads);
+                return found;
+            };
+            int query_row, query_head;
+            auto note_queries = [&] { query_row = first_row + first_query, query_head = head; };
+            uint32 q_parity = 1;
+            auto load_queries = [&] {
+                if (warp == 0 && lane == 0) {
+                    barrier_wait(q_empty, q_parity);
+                    barrier_arrive_expecting(q_full, q_bytes);
+#pragma unroll
+                    for (int block = 0; block < blocks; block++)
+                        copy_box(q_at + block * q_block_bytes, &maps.q, block * 64, query_head, query_row, q_full);
+                }
+                q_parity ^= 1;
+                __syncwarp();
+            };
+            CodeCaches caches = {k_codes, k_scales, v_codes, v_scales, kv_heads, page_size, pages};
+            decode_tiles<k_kind, v_kind, HEAD, tile_keys, stages>(
+                caches, codes_at, k_at, v_at, k_full, v_full, find_tile, note_queries, load_queries);
+            return;
+        }
         if (warp > 1) return;
         bool copies_keys = warp == 0;  // and the queries; the other warp values
         const TensorMap *map = copies_keys ? &maps.k : &maps.v;
         uint32 ring_at = copies_keys ? k_at : v_at;
-        uint32 full_at = shared_address(copies_keys ? k_full : v_full);
-        uint32 empty_at = shared_address(copies_keys ? k_empty : v_empty);
+        uint32 full_at = copies_keys ? k_full : v_full;
+        uint32 empty_at = copies_keys ? k_empty : v_empty;
         if (lane == 0) {
             if (copies_keys) prefetch_tensor_map(&maps.q);
             prefetch_tensor_map(map);
@@ -172,8 +232,8 @@ __global__ void __launch_bounds__(128 * (warpgroups + 1), 1) attention_wgmma(
                 }
                 cursor.advance();
                 if (tile < tiles.end - 1 || !copies_keys) continue;
-                barrier = shared_address(&q_full);
-                barrier_wait(shared_address(&q_empty), q_parity);
+                barrier = q_full;
+                barrier_wait(q_empty, q_parity);
                 q_parity ^= 1;
                 barrier_arrive_expecting(barrier, q_bytes);
 #pragma unroll
@@ -184,7 +244,7 @@ __global__ void __launch_bounds__(128 * (warpgroups + 1), 1) attention_wgmma(
         return;
     }
 
-    take_registers<warpgroups == 2 ? 232 : 160>();
+    take_registers<many>();
     Logits logits(scale, has_softcap ? softcap : 0);
     RingCursor<stages> k_cursor, v_cursor;
     uint32 q_parity = 0;
@@ -192,8 +252,8 @@ __global__ void __launch_bounds__(128 * (warpgroups + 1), 1) attention_wgmma(
     uint32 q_descriptor = wgmma_descriptor(q_at + warpgroup * 64 * 128);
     uint32 k_descriptor = wgmma_descriptor(k_at);
     uint32 v_descriptor = wgmma_transposed_descriptor(v_at, key_block_bytes);
-    auto arrive = [&](uint64 *barrier) {  // for a warp whose products with it are done
-        if (lane == 0) barrier_arrive(shared_address(barrier));
+    auto arrive = [&](uint32 barrier) {  // for a warp whose products with it are done
+        if (lane == 0) barrier_arrive(barrier);
     };
     if (takes_turns && warpgroup == warpgroups - 1) named_barrier_arrive(TURN, 256);  // the first turn is warpgroup 0's
 
@@ -204,10 +264,10 @@ __global__ void __launch_bounds__(128 * (warpgroups + 1), 1) attention_wgmma(
     auto start_scores = [&] {
         uint32 k = k_descriptor + k_cursor.slot * (tile_bytes >> 4);
         wgmma_fence();
-        wgmma_shared<T, tile_keys, false>(scores, wgmma_descriptor_of(q_descriptor), wgmma_descriptor_of(k));
+        wgmma_shared<M, tile_keys, false>(scores, wgmma_descriptor_of(q_descriptor), wgmma_descriptor_of(k));
 #pragma unroll
         for (int step = 1; step < HEAD / 16; step++)
-            wgmma_shared<T, tile_keys, true>(
+            wgmma_shared<M, tile_keys, true>(
                 scores, wgmma_descriptor_of(q_descriptor + step / 4 * (q_block_bytes >> 4) + step % 4 * 2),
                 wgmma_descriptor_of(k + step / 4 * (key_block_bytes >> 4) + step % 4 * 2));
         wgmma_commit();
@@ -218,11 +278,11 @@ __global__ void __launch_bounds__(128 * (warpgroups + 1), 1) attention_wgmma(
 #pragma unroll
         for (int step = 0; step < tile_keys / 16; step++) {
             if constexpr (HEAD == 96) {
-                wgmma_add_transposed<T, 64>(acc, weights[step], wgmma_descriptor_of(v + step * 128));
-                wgmma_add_transposed<T, 32, 32>(
+                wgmma_add_transposed<M, 64>(acc, weights[step], wgmma_descriptor_of(v + step * 128));
+                wgmma_add_transposed<M, 32, 32>(
                     acc, weights[step], wgmma_descriptor_of(v + (key_block_bytes >> 4) + step * 128));
             } else {
-                wgmma_add_transposed<T, HEAD>(acc, weights[step], wgmma_descriptor_of(v + step * 128));
+                wgmma_add_transposed<M, HEAD>(acc, weights[step], wgmma_descriptor_of(v + step * 128));
             }
         }
         wgmma_commit();
@@ -290,7 +350,7 @@ __global__ void __launch_bounds__(128 * (warpgroups + 1), 1) attention_wgmma(
             for (int step = 0; step < tile_keys / 16; step++)
 #pragma unroll
                 for (int i = 0; i < 4; i++)
-                    weights[step][i] = pack_weights<T>(scores[8 * step + 2 * i], scores[8 * step + 2 * i + 1]);
+                    weights[step][i] = pack_weights<M>(scores[8 * step + 2 * i], scores[8 * step + 2 * i + 1]);
         };
         auto rescale = [&] {
             if (!__any_sync(0xffffffffu, shrink[0] != 1 || shrink[1] != 1)) return;
@@ -298,7 +358,8 @@ __global__ void __launch_bounds__(128 * (warpgroups + 1), 1) attention_wgmma(
             for (int i = 0; i < HEAD / 2; i++) acc[i] *= shrink[i / 2 % 2];
         };
         auto wait_for_values = [&](int tile) {
-            barrier_wait(shared_address(&v_full[v_cursor.slot]), v_cursor.parity);
+            barrier_wait(v_full + 8 * v_cursor.slot, v_cursor.parity);
+            if constexpr (has_codes) return;  // whose unused slots were decoded as zeros
             int begin = held.begin - tile * tile_keys, end = held.end - tile * tile_keys;
             if (begin <= 0 && end >= tile_keys) return;
             // Zero what nobody sees: a weight of 0 does not undo a NaN. Each warpgroup does so for itself.
@@ -313,18 +374,23 @@ __global__ void __launch_bounds__(128 * (warpgroups + 1), 1) attention_wgmma(
 
         if (tiles.end > tiles.begin) {
             int tile = tiles.end - 1;
-            barrier_wait(shared_address(&q_full), q_parity);
+            barrier_wait(q_full, q_parity);
             q_parity ^= 1;
-            barrier_wait(shared_address(&k_full[k_cursor.slot]), k_cursor.parity);
+            if constexpr (is_transformed<k_kind> || !is_same<M, T>) {
+                prepare_queries<k_kind, T, HEAD>(q_at + warp_row * 128, q_block_bytes);
+                fence_bulk_shared();
+                named_barrier(1 + warpgroup, 128);
+            }
+            barrier_wait(k_full + 8 * k_cursor.slot, k_cursor.parity);
             start_scores();
             wgmma_wait<0>();
             settled(scores);
-            arrive(&k_empty[k_cursor.slot]);
+            arrive(k_empty + 8 * k_cursor.slot);
             k_cursor.advance();
             softmax(tile);
             pack();
             for (; tile > tiles.begin; tile--) {
-                barrier_wait(shared_address(&k_full[k_cursor.slot]), k_cursor.parity);
+                barrier_wait(k_full + 8 * k_cursor.slot, k_cursor.parity);
                 if (takes_turns) named_barrier(TURN + warpgroup, 256);
                 start_scores();
                 wait_for_values(tile);
@@ -332,7 +398,7 @@ __global__ void __launch_bounds__(128 * (warpgroups + 1), 1) attention_wgmma(
                 if (takes_turns) named_barrier_arrive(TURN + (warpgroup + 1) % warpgroups, 256);
                 wgmma_wait<1>();
                 settled(scores);
-                arrive(&k_empty[k_cursor.slot]);
+                arrive(k_empty + 8 * k_cursor.slot);
                 k_cursor.advance();
                 softmax(tile - 1);
                 // Never so, but ptxas does not know: it would move the wait for the sums up, before the
@@ -340,17 +406,17 @@ __global__ void __launch_bounds__(128 * (warpgroups + 1), 1) attention_wgmma(
                 if (sum[0] < 0 || sum[1] < 0) store_shared_4(out_at, 0);
                 wgmma_wait<0>();
                 settled(acc);
-                arrive(&v_empty[v_cursor.slot]);
+                arrive(v_empty + 8 * v_cursor.slot);
                 v_cursor.advance();
                 rescale();
                 pack();
             }
-            if constexpr (!overlays) arrive(&q_empty);
+            if constexpr (!overlays) arrive(q_empty);
             wait_for_values(tile);
             start_sums();
             wgmma_wait<0>();
             settled(acc);
-            arrive(&v_empty[v_cursor.slot]);
+            arrive(v_empty + 8 * v_cursor.slot);
             v_cursor.advance();
         }
 
@@ -366,6 +432,7 @@ __global__ void __launch_bounds__(128 * (warpgroups + 1), 1) attention_wgmma(
         // Results to shared memory, as the queries lay there, then out in whole rows.
         if constexpr (overlays) named_barrier(1 + warpgroup, 128);  // no warp needs the queries any more
         uint32 own_at = out_at + warp_row * 128;
+        if constexpr (is_transformed<v_kind>) transform_sums<v_kind>(acc);
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             float total = sum[half] + __shfl_xor_sync(0xffffffffu, sum[half], 1);
@@ -374,13 +441,16 @@ __global__ void __launch_bounds__(128 * (warpgroups + 1), 1) attention_wgmma(
                 float offset = top[half] == -infinity_float() ? 0 : top[half] * logits.multiplier;
                 total += exp2_fast(fmaf(sinks[head], 1.4426950408889634f, -offset));
             }
-            float inverse = inverse_sum(total);
-            int row = group + 8 * half;
+            float inverse = inverse_sum(total) * (is_transformed<v_kind> ? 1.0f / 32 : 1.0f);
+            int row = group + 8 * half, pair = v_kind == q4 ? t / 2 + t % 2 * 2 : t;
 #pragma unroll
-            for (int n = 0; n < HEAD / 8; n++)
+            for (int n = 0; n < HEAD / 8; n++) {
+                float low = acc[4 * n + 2 * half] * inverse, high = acc[4 * n + 2 * half + 1] * inverse;
+                if constexpr (v_kind == q4) join_neighbours(low, high);
                 store_shared_4(
-                    own_at + n / 8 * q_block_bytes + row * 128 + ((n % 8 ^ group) * 16 + 4 * t),
-                    pack_weights<T>(acc[4 * n + 2 * half] * inverse, acc[4 * n + 2 * half + 1] * inverse));
+                    own_at + n / 8 * q_block_bytes + row * 128 + ((n % 8 ^ group) * 16 + 4 * pair),
+                    pack_weights<T>(low, high));
+            }
         }
         __syncwarp();
 #pragma unroll
@@ -394,7 +464,7 @@ __global__ void __launch_bounds__(128 * (warpgroups + 1), 1) attention_wgmma(
         if constexpr (overlays) {
             fence_bulk_shared();
             __syncwarp();
-            arrive(&q_empty);
+            arrive(q_empty);
         }
     }
 #endif

@@ -216,6 +216,11 @@ __device__ __forceinline__ uint32 load_shared_4(uint32 shared) {
     asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(shared) : "memory");
     return v;
 }
+__device__ __forceinline__ uint32 load_shared_2(uint32 shared) {
+    uint16 v;
+    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(shared) : "memory");
+    return v;
+}
 
 __device__ __forceinline__ void store_shared_16(uint32 shared, uint4 v) {
     asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(shared), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)

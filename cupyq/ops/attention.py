@@ -237,6 +237,7 @@ def _positive(value, name):
 # --- the reference ----------------------------------------------------------------------------------------------------
 
 _REFERENCE_SCORES = 1 << 22
+_REFERENCE_QUERIES = 64  # of a block where each sees other keys: more would score many keys that are masked out
 
 
 def attention_reference(q, k, v, scale, causal, window, softcap, kv_lengths, sinks=None, block_table=None, query_starts=None):
@@ -262,6 +263,8 @@ def attention_reference(q, k, v, scale, causal, window, softcap, kv_lengths, sin
         keys = float64(_stored(k, b, first, last, block_table, q.dtype)).transpose(1, 2, 0)  # [kv_heads, head_dim, keys]
         values = float64(_stored(v, b, first, last, block_table, q.dtype)).transpose(1, 0, 2)  # [kv_heads, keys, head_dim]
         block = max(1, _REFERENCE_SCORES // (heads * (last - first)))
+        if causal or window is not None:
+            block = min(block, _REFERENCE_QUERIES)
         for start in range(0, seq, block):
             rows = slice(start, min(start + block, seq))
             low, high = int(begins[rows.start]), int(ends[rows.stop - 1])
@@ -276,7 +279,7 @@ def attention_reference(q, k, v, scale, causal, window, softcap, kv_lengths, sin
             if softcap is not None:
                 scores = softcap * np.tanh(scores / softcap)
             j = np.arange(low, high)
-            scores[..., (j < begins[rows, None]) | (j >= ends[rows, None])] = -np.inf
+            np.copyto(scores, -np.inf, where=(j < begins[rows, None]) | (j >= ends[rows, None]))
             top = np.maximum(scores.max(axis=-1, keepdims=True), sink)
             top = np.where(top == -np.inf, 0.0, top)
             scores -= top
@@ -314,7 +317,7 @@ def pick_kernel(dtype, most_queries, head_dim, is_aligned, arch, has_codes=False
         return "simple"
     if most_queries <= _DECODE_QUERIES:
         return "decode"
-    if arch == "sm_90a" and not has_codes and attention_wgmma.supports(head_dim, page_size):
+    if arch == "sm_90a" and attention_wgmma.supports(head_dim, page_size, has_codes):
         return "wgmma"
     return "prefill"
 
@@ -354,6 +357,8 @@ def _launch_attention(problem, q, k, v, out, workspace):
     if problem.capacity == 0:
         kernel = "simple"  # which reads no key then; others may want memory to name
     elif kernel == "decode" and not attention_decode.supports(problem, k, v):
+        kernel = "prefill"
+    elif kernel == "wgmma" and isinstance(k, CacheCodes) != isinstance(v, CacheCodes):
         kernel = "prefill"
     if kernel == "decode":
         attention_decode.launch(problem, q, k, v, out, workspace)
