@@ -637,8 +637,9 @@ def test_inputs_on_the_gpu(cupy, monkeypatch, folder, dtype):
             sharing |= {linear.name: read.name for read in inputs for linear in read.linears}
             experts |= {read.name for read in inputs if read.expert is not None}
             walk.run(layer, hidden)
+    model = load_model(folder, "cupy", dtype=dtype)  # which runs layers to find their kernels
     calls = listened(monkeypatch)
-    whole_model(load_model(folder, "cupy", dtype=dtype), ids, 2)
+    whole_model(model, ids, 2)
     calls = collect(calls)
     for name, source in sharing.items():
         if source not in experts:
