@@ -35,6 +35,7 @@ KERNELS = PACKAGE / "cu"
 # An import may point to a module of the same or a lower number, never up, and never in a circle.
 LAYERS = {
     "errors": 0,
+    "_arguments": 0,
     "_arrays": 1,
     "_device": 1,
     "_progress": 1,
@@ -397,6 +398,7 @@ def test_every_test_file_has_something_to_test():
     """test_<name>.py belongs to a module, a kernel or a folder of the package, or to more than one, as those named here."""
     stems = {path.stem.lstrip("_") for path in PACKAGE.rglob("*")}
     stems |= {f"ext_{path.stem.lstrip('_')}" for path in (PACKAGE / "ext").glob("*.py")}
+    stems |= {f"tp_{path.stem}" for path in (PACKAGE / "tp").glob("*.py")}
     tests = {path.stem.removeprefix("test_") for path in (ROOT / "tests").glob("test_*.py")}
     assert tests - stems - {"repo", "examples", "golden", "blocks", "ext_hostile", "qmatmul_before"} == set()
 

@@ -6,6 +6,8 @@ import threading
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
+from conftest import gpu_count
 from kernel_checks import bfloat16, float16, float32
 
 from cupyq.tp.local import LocalComm
@@ -36,6 +38,15 @@ def in_threads(functions):
         thread.join(30)
     assert not any(thread.is_alive() for thread in threads), "a rank hangs"
     return results
+
+
+@pytest.fixture
+def several_gpus():
+    """How many GPUs there are, from 2 on: for gpu tests of ranks on GPUs of their own."""
+    count = gpu_count()
+    if count < 2:
+        pytest.skip(f"{count} GPU here, and ranks need one each")
+    return count
 
 
 class DeviceArray(np.ndarray):
@@ -189,11 +200,21 @@ class StandInForNccl:
             array[...] = values
             return array
 
+        class Stream:
+            def __init__(self):
+                self.ptr = 1000 + outer.current_device()
+
+            def __enter__(self):
+                pass
+
+            def __exit__(self, *_):
+                pass
+
         event = SimpleNamespace(record=lambda stream: outer.recorded.append(stream.ptr), done=True)
         cuda = SimpleNamespace(
             Device=Device,
             Event=lambda disable_timing: event,
-            get_current_stream=lambda: SimpleNamespace(ptr=1000 + outer.current_device()),
+            get_current_stream=Stream,
             runtime=SimpleNamespace(runtimeGetVersion=lambda: 13000),
         )
         functions = {"empty": empty, "zeros": zeros, "asarray": asarray}

@@ -7,6 +7,7 @@ families:
   qmatmul   products with quantized weights, every width and number of rows, beside cuBLAS, PyTorch's int4 and exllamav2
   attention decoding and prompts over contiguous, paged and quantized caches, beside PyTorch's FlashAttention and cuDNN
   model     a model of random weights: tokens per second, loading, the first token
+  tp        sums over several GPUs, 4 KB to 64 MB: NCCL, our kernels, and what the links allow
 
 Without a family: a short qmatmul table. Everything is verified before it is timed, and compared with what this machine can
 do at most, measured in the same run.
@@ -25,6 +26,7 @@ def add_arguments(parser, whole):
     _add_qmatmul(_family(families, "qmatmul"), whole)
     _add_attention(_family(families, "attention"), whole)
     _add_model(_family(families, "model"), whole)
+    _add_tp(_family(families, "tp"))
 
 
 def _family(families, name):
@@ -83,6 +85,11 @@ def _add_model(sub, whole):
     sub.add_argument("--load", action="store_true", help="write the model, load it in new processes, time the first token")
     sub.add_argument("--folder", metavar="DIR", help="where --load writes; default: in memory if there is room")
     sub.add_argument("--backend", choices=("auto", "numpy", "cupy"), default="auto", help="default: cupy where a GPU is usable")
+
+
+def _add_tp(sub):
+    sub.add_argument("--gpus", metavar="N,...", help="numbers of GPUs; default: 2, 4 and 8, as far as there are so many")
+    sub.add_argument("--quick", action="store_true", help="six sizes")
 
 
 def lengths(text):

@@ -11,6 +11,9 @@ import numpy as np
 
 from cupyq._arrays import FLOATS, bfloat16, byte_bounds, check, float16, float32, int32, output, refuse_partial_overlap
 from cupyq.errors import BackendError
+from cupyq.ops._common import refuse_overlap
+from cupyq.ops.elementwise import add
+from cupyq.ops.norm import rms_norm
 
 SUMMED = FLOATS
 """Dtypes `all_reduce` takes."""
@@ -48,13 +51,47 @@ class Comm:
 
         array: float16, bfloat16 or float32 of any shape, the same on all ranks; out: like it, or `array` itself.
         On the CPU the parts are added in the order of the ranks, 16-bit ones in float32, float32 in float64, with one
-        rounding at the end; NCCL adds in an order of its own, which is the same on every run.
+        rounding at the end; `tp.peer` adds in that order too, in float32; NCCL in one of its own, the same on every run.
         """
         self._check(array, SUMMED)
         out = self._output(out, array.shape, array.dtype)
         refuse_partial_overlap(out, array=array)
         self.check()
         self._all_reduce(array, out)
+        return out
+
+    def all_reduce_add(self, array, residual, *, workspace=None):
+        """residual += the sum of `array` over all ranks, and return it: `all_reduce`, then `ops.elementwise.add`, bit by bit.
+
+        array, residual: float16, bfloat16 or float32 each, of one shape; they share no memory. workspace: like `array`, or
+        `array` itself, which may then hold the sum; None allocates it where it is needed.
+        """
+        self._check(array, SUMMED)
+        self._check(residual, SUMMED, writes=True, name="residual")
+        check(residual, "residual", shape=array.shape)
+        refuse_overlap(residual, "residual", array=array)
+        self.check()
+        self._all_reduce_add(array, residual, workspace)
+        return residual
+
+    def all_reduce_norm(self, array, residual, weight, *, eps=1e-6, dtype=None, out=None, workspace=None):
+        """residual += the sum of `array` over all ranks; returns rms_norm(residual, weight, eps=eps, dtype=dtype).
+
+        The same bits as `all_reduce_add` and `ops.norm.rms_norm` give one after the other. array, residual [..., dim] and
+        weight [dim]: float16, bfloat16 or float32 each; dtype: of the result, default that of `array`; out: for the result,
+        apart from the others. workspace: see `all_reduce_add`.
+        """
+        self._check(array, SUMMED)
+        self._check(residual, SUMMED, writes=True, name="residual")
+        self._check(weight, SUMMED, name="weight")
+        check(residual, "residual", shape=array.shape)
+        check(weight, "weight", ndim=1, shape=array.shape[-1:])
+        out = self._output(out, array.shape, np.dtype(array.dtype if dtype is None else dtype))
+        check(out, "out", dtype=FLOATS)
+        refuse_overlap(residual, "residual", array=array, weight=weight)
+        refuse_overlap(out, "out", array=array, residual=residual, weight=weight)
+        self.check()
+        self._all_reduce_norm(array, residual, weight, eps, out, workspace)
         return out
 
     def all_gather(self, array, out=None, *, axis=None, sizes=None, workspace=None):
@@ -89,16 +126,12 @@ class Comm:
 
         def join():
             column = begin = 0
-            with self._on_device():
-                for size, end in zip(sizes, ends, strict=True):
-                    part = flat[begin:end].reshape(*before, size, *after)
-                    out[(slice(None),) * axis + (slice(column, column + size),)] = part
-                    column, begin = column + size, end
+            for size, end in zip(sizes, ends, strict=True):
+                part = flat[begin:end].reshape(*before, size, *after)
+                out[(slice(None),) * axis + (slice(column, column + size),)] = part
+                column, begin = column + size, end
 
-        if self._later is None:
-            join()
-        else:
-            self._later.append(join)
+        self._follow(join)
         return out
 
     def broadcast(self, array, root=0):
@@ -160,6 +193,23 @@ class Comm:
     def _all_reduce(self, array, out):
         raise BackendError(f"{type(self).__name__} cannot all_reduce")
 
+    def _all_reduce_add(self, array, residual, workspace):
+        total = self._output(workspace, array.shape, array.dtype, "workspace")
+        self._all_reduce(array, total)
+        self._follow(lambda: add(residual, total, out=residual))
+
+    def _all_reduce_norm(self, array, residual, weight, eps, out, workspace):
+        self._all_reduce_add(array, residual, workspace)
+        self._follow(lambda: rms_norm(residual, weight, eps=eps, dtype=out.dtype, out=out))
+
+    def _follow(self, work):
+        """Do it on this rank's device and present stream, once what was said before is there."""
+        if self._later is None:
+            with self._on_device():
+                work()
+        else:
+            self._later.append(work)
+
     def _all_gather(self, array, flat, ends):
         raise BackendError(f"{type(self).__name__} cannot all_gather")
 
@@ -179,10 +229,10 @@ class Comm:
     def _together(self, comms):
         yield
 
-    def _check(self, array, dtypes, writes=False):
+    def _check(self, array, dtypes, writes=False, name="array"):
         if not isinstance(array, self.xp.ndarray):
-            raise TypeError(f"array must be an array of {self.xp.__name__} for {self!r}, got {type(array).__name__}")
-        check(array, "array", dtype=dtypes, writes=writes)
+            raise TypeError(f"{name} must be an array of {self.xp.__name__} for {self!r}, got {type(array).__name__}")
+        check(array, name, dtype=dtypes, writes=writes)
 
     def _output(self, out, shape, dtype, name="out"):
         with self._on_device():

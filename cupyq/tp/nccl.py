@@ -1,10 +1,13 @@
 """Ranks on GPUs, joined by NCCL: one process for each GPU, or one process and one thread for several.
 
+Where the GPUs can write each other's memory, all-reduces up to some size go that way instead (peer.py).
+
 Written for `cupy.cuda.nccl` of CuPy 14 and NCCL 2.18 or newer. In CuPy's class the constructor, `destroy` and `abort` run
 without the interpreter's lock, so a thread beside them can watch (cupy_backends/cuda/libs/nccl.pyx).
 """
 
 import contextlib
+import functools
 import importlib
 import threading
 import time
@@ -14,6 +17,7 @@ import numpy as np
 
 from cupyq._arrays import bfloat16, first_line, float16, float32, int32, require_cupy
 from cupyq.errors import BackendError
+from cupyq.tp import peer
 from cupyq.tp.comm import STALL_S, Comm, one_line, rank_names
 
 _POLL_S = 0.0001  # how often wait() looks: the time of a small all-reduce is tens of microseconds
@@ -41,7 +45,8 @@ class NcclComm(Comm):
     """A rank on a GPU. `NcclComm.group(devices)` drives several from one process, `NcclComm.join(...)` one from each.
 
     Work is queued on the CuPy current stream of the rank's device and ordered by it, so it can be captured in a CUDA graph;
-    nothing waits but `barrier` and `wait`. In one process and thread collectives go within `together(comms)`.
+    nothing waits but `barrier` and `wait`. In one process and thread collectives go within `together(comms)`. One stream of
+    a device at a time: before another one has its turn, with a graph too, the work of the first has ended (`wait`).
     """
 
     def __init__(self, communicator, rank, ranks, device, *, watch=None, stall_s=STALL_S):
@@ -53,6 +58,8 @@ class NcclComm(Comm):
         self._lock = threading.Lock()  # an abort from the watchdog frees what a call uses
         self._calls = 0
         self._abort_once, self._is_aborted = threading.Lock(), False
+        self._peer = None  # the memory that the GPUs write for each other, where they do
+        self._launches = []  # within together(): (stream, launch, is it new to this GPU) of kernels that exchange by it
         names = {float16: "FLOAT16", bfloat16: "BFLOAT16", float32: "FLOAT32", int32: "INT32"}
         self._types = {dtype: getattr(self._nccl, f"NCCL_{name}") for dtype, name in names.items()}
         with self.xp.cuda.Device(device):
@@ -68,9 +75,12 @@ class NcclComm(Comm):
         if len(set(devices)) != len(devices) or not devices:
             raise ValueError(f"devices must name GPUs, each once (NCCL takes one rank for each GPU), got {devices}")
         found = _call("initAll", nccl().NcclCommunicator.initAll, devices)
-        return tuple(
+        comms = tuple(
             cls(comm, rank, len(devices), device) for rank, (comm, device) in enumerate(zip(found, devices, strict=True))
         )
+        for comm, memory in zip(comms, peer.group(comms) or (), strict=False):
+            comm._peer = memory
+        return comms
 
     @classmethod
     def join(cls, rank, ranks, group_id, device, *, timeout=60.0, watch=None, stall_s=STALL_S):
@@ -99,11 +109,20 @@ class NcclComm(Comm):
                 raise BackendError(_who_is_missing(rank, ranks, timeout, watch))
         if "error" in result:
             raise BackendError(f"NCCL could not join rank {rank} of {ranks} ({first_line(result['error'])}): {_HOW_TO_SEE}")
-        return cls(result["communicator"], rank, ranks, device, watch=watch, stall_s=stall_s)
+        comm = cls(result["communicator"], rank, ranks, device, watch=watch, stall_s=stall_s)
+        try:
+            comm._peer = peer.join(comm)
+        except BaseException as error:
+            comm.abort(error)
+            comm.close()
+            raise
+        return comm
 
     def check(self):
         if self.failure is None and self._watch is not None:
             self.failure = self._watch.failure
+        if self.failure is None and self._peer is not None and (cause := self._peer.failure()) is not None:
+            self._fail(cause)
         super().check()
 
     def wait(self):
@@ -124,9 +143,37 @@ class NcclComm(Comm):
         self.check()
 
     def _all_reduce(self, array, out):
+        if self._peer is not None and self._peer.way_of(array.nbytes):
+            self._exchange("sum", functools.partial(self._peer.all_reduce, array, out), array, out)
+            return
         source, target = array.data.ptr, out.data.ptr
         kind = self._types[array.dtype]
         self._queue("allReduce", source, target, array.size, kind, self._nccl.NCCL_SUM)
+
+    def _all_reduce_add(self, array, residual, workspace):
+        if self._peer is None or not self._peer.way_of(array.nbytes):
+            super()._all_reduce_add(array, residual, workspace)
+            return
+        work = functools.partial(self._peer.all_reduce, array, residual, adds=True)
+        self._exchange("add", work, array, residual)
+
+    def _all_reduce_norm(self, array, residual, weight, eps, out, workspace):
+        if self._peer is None or not array.size or not self._peer.fits_norm(array, residual, weight, out.dtype):
+            super()._all_reduce_norm(array, residual, weight, eps, out, workspace)
+            return
+        work = functools.partial(self._peer.all_reduce_norm, array, residual, weight, out, eps)
+        self._exchange("norm", work, array, residual, weight, out)
+
+    def _exchange(self, name, launch, *arrays):
+        """Queue one kernel that exchanges by peer memory, by launch(is_empty=...). name, arrays: what decides which it is."""
+        self.check()
+        self._calls += 1
+        with self._on_device():
+            if self._later is None:
+                launch(is_empty=False)
+                return
+            kind = name, *((array.dtype, array.shape, array.data.ptr % 32) for array in arrays)
+            self._launches.append((self.xp.cuda.get_current_stream(), launch, self._peer.needs_loading(kind)))
 
     def _all_gather(self, array, flat, ends):
         kind, item = self._types[array.dtype], array.dtype.itemsize
@@ -147,10 +194,20 @@ class NcclComm(Comm):
     def _barrier(self):
         token = self._token.data.ptr
         self._queue("allReduce", token, token, 1, self._types[int32], self._nccl.NCCL_SUM)
+        self._follow(self.wait)
+
+    def _follow(self, work):
         if self._later is None:
-            self.wait()
-        else:
-            self._later.append(self.wait)
+            super()._follow(work)
+            return
+        with self._on_device():
+            stream = self.xp.cuda.get_current_stream()
+
+        def later():
+            with self._on_device(), stream:
+                work()
+
+        self._later.append(later)
 
     def _queue(self, name, *arguments):
         """Queue one operation of NCCL on this device's current stream."""
@@ -193,10 +250,11 @@ class NcclComm(Comm):
                 fewest = min(done.values())
                 late = rank_names(rank for rank, count in done.items() if count == fewest)
                 raise BackendError(f"{late} did not come to collective {fewest} before together() ended")
+            _launch_in_turn(comms)
 
-    def _check(self, array, dtypes, writes=False):
-        super()._check(array, dtypes, writes)
-        self._check_device(array, "array")
+    def _check(self, array, dtypes, writes=False, name="array"):
+        super()._check(array, dtypes, writes, name)
+        self._check_device(array, name)
 
     def _output(self, out, shape, dtype, name="out"):
         out = super()._output(out, shape, dtype, name)
@@ -233,6 +291,8 @@ class NcclComm(Comm):
                 return
             self._is_aborted = True
         super()._fail(self.failure or one_line(cause))
+        if self._peer is not None:
+            self._peer.stop()
         if self._watch is not None:
             self._watch.fail(self.failure)
         # A call that holds the lock for long hangs inside NCCL, and returns when it is aborted.
@@ -247,6 +307,9 @@ class NcclComm(Comm):
     def _close(self):
         if self._watch is not None:
             self._watch.close()
+        if self._peer is not None:
+            memory, self._peer = self._peer, None
+            memory.close()
         if not self._is_aborted:
             with self._lock:
                 self._communicator.destroy()
@@ -256,6 +319,21 @@ class NcclComm(Comm):
 _NCCL_ERRORS = (RuntimeError, KeyError)
 
 _HOW_TO_SEE = "NCCL_DEBUG=WARN shows its own words"
+
+
+def _launch_in_turn(comms):
+    """What `together` has held back, first the first of each rank. Loading a kernel may wait for a GPU: none waits before."""
+    launches = [comm._launches for comm in comms]
+    for comm in comms:
+        comm._launches = []
+    if len(set(map(len, launches))) > 1:
+        raise BackendError("within together() the ranks came to all_reduce with arrays of different sizes")
+    for is_empty in (True, False):
+        for turn in zip(*launches, strict=True):
+            for comm, (stream, launch, is_new) in zip(comms, turn, strict=True):
+                if is_new or not is_empty:
+                    with comm._on_device(), stream:
+                        launch(is_empty=is_empty)
 
 
 def _call(name, function, *arguments):
