@@ -11,6 +11,7 @@ import json
 import os
 import sys
 
+from cupyq._arguments import adapter, number_list, token_list, whole
 from cupyq.bench import arguments as bench_arguments
 from cupyq.quantize import arguments as quantize_arguments
 
@@ -21,6 +22,8 @@ examples:
   cupyq generate MODEL --prompt "Once upon a time"        text, as it is made
   cupyq generate MODEL --tokens 1,15043 --greedy --json   token ids in and out, for scripts
   cupyq generate MODEL --prompt "Dear" --lora STYLE=0.8   with a LoRA adapter, a PEFT folder
+  cupyq generate MODEL --prompt "Once" --tp 2             on two GPUs
+  mpirun -n 4 cupyq generate MODEL --prompt "Once" --tp   on four, a process for each
   cupyq perplexity MODEL --text val.txt --reference FP16  what quantizing cost
   cupyq perplexity MODEL --text val.txt --cache q4        what a cache of 4 bits costs
   cupyq quantize FP16 OUT --bits 3 --calibration wiki.txt an EXL2 model of 3 bits per weight
@@ -69,24 +72,43 @@ def build_parser():
             "--backend", choices=("auto", "numpy", "cupy"), default="auto", help="default: cupy where a GPU is usable"
         )
 
+    def ranks_arguments(sub):
+        sub.add_argument(
+            "--tp",
+            type=whole(1),
+            nargs="?",
+            const=0,
+            metavar="N",
+            help="spread the model over N GPUs (NumPy: threads), or over the processes that mpirun, torchrun or srun started; "
+            "N may be left out there, and stands for all GPUs elsewhere",
+        )
+        sub.add_argument(
+            "--tp-weights",
+            type=number_list,
+            metavar="W,W,...",
+            help="how much of the model each of them is to hold, such as its free memory; default: equal parts",
+        )
+
     def cache_argument(sub, help, **options):
         kinds = " ".join(CACHES)
         sub.add_argument("--cache", choices=CACHES, metavar="KIND", help=f"{help}; one of {kinds}", **options)
 
-    command("doctor", _doctor, "show GPU, driver, CuPy, compiler and cache, and what mends the missing ones")
+    sub = command("doctor", _doctor, "show GPU, driver, CuPy, compiler and cache, and what mends the missing ones")
+    sub.add_argument("--tp", action="store_true", help="look at several GPUs too: links, NCCL, launcher, speed of exchange")
 
     sub = command("inspect", _inspect, "show a model's architecture, sizes and bits per layer")
     sub.add_argument("model", metavar="MODEL", help="folder with config.json and *.safetensors")
 
     sub = command("generate", _generate, "continue a prompt; the text goes to stdout as it is made, speeds go to stderr")
     model_arguments(sub)
+    ranks_arguments(sub)
     prompt = sub.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT", help="the text to continue; needs the model's tokenizer.json")
-    prompt.add_argument("--tokens", type=_token_list, metavar="1,2,3", help="the prompt as token ids")
-    sub.add_argument("--max-new-tokens", type=_whole(1), metavar="N", help="default: 128, or what the context leaves room for")
+    prompt.add_argument("--tokens", type=token_list, metavar="1,2,3", help="the prompt as token ids")
+    sub.add_argument("--max-new-tokens", type=whole(1), metavar="N", help="default: 128, or what the context leaves room for")
     sub.add_argument("--greedy", action="store_true", help="the most likely token at every step")
     sub.add_argument("--temperature", type=float, metavar="T", help="divides the logits; 0 is greedy; default 0.8")
-    sub.add_argument("--top-k", type=_whole(0), metavar="K", help="keep the K most likely tokens, 0 keeps all; default 50")
+    sub.add_argument("--top-k", type=whole(0), metavar="K", help="keep the K most likely tokens, 0 keeps all; default 50")
     sub.add_argument(
         "--top-p", type=float, metavar="P", help="keep the most likely tokens that reach probability P; default 0.8"
     )
@@ -116,66 +138,36 @@ def build_parser():
     sub.add_argument(
         "--lora",
         action="append",
-        type=_adapter,
+        type=adapter,
         default=[],
         metavar="FOLDER[=W]",
         help="a LoRA adapter, a PEFT folder, its delta multiplied by W; may be given again",
     )
     cache_argument(sub, "what keys and values are kept in; default: fp16, the model's own dtype", default="fp16")
     sub.add_argument(
-        "--seed", type=_whole(0), metavar="S", help="the same seed gives the same text; default: a new one each time"
+        "--seed", type=whole(0), metavar="S", help="the same seed gives the same text; default: a new one each time"
     )
 
     sub = command(
         "perplexity", _perplexity, "measure how well a model predicts a text, and how far it is from a reference model"
     )
     model_arguments(sub)
+    ranks_arguments(sub)
     sub.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text")
-    sub.add_argument("--window", type=_whole(2), default=256, metavar="N", help="tokens per window; default 256")
-    sub.add_argument("--max-windows", type=_whole(1), metavar="N", help="stop after N windows; default: the whole text")
+    sub.add_argument("--window", type=whole(2), default=256, metavar="N", help="tokens per window; default 256")
+    sub.add_argument("--max-windows", type=whole(1), metavar="N", help="stop after N windows; default: the whole text")
     sub.add_argument("--reference", metavar="MODEL2", help="model to compare with, for KL divergence and top-1 agreement")
     cache_argument(sub, "go token by token through a cache of this kind; default: whole windows, without one")
 
     sub = command("quantize", _quantize, "quantize a model: EXL2 of any number of bits, or GPTQ")
-    quantize_arguments.add_arguments(sub, _whole)
+    quantize_arguments.add_arguments(sub, whole)
 
     sub = command("compile", _compile, "compile the kernels ahead of their first use")
     sub.add_argument("--arch", nargs="+", metavar="ARCH", help="such as sm_80 sm_90a; default: this machine's GPU")
 
     sub = command("bench", _bench, "measure products, attention or a model, against what this machine can do at most")
-    bench_arguments.add_arguments(sub, _whole)
+    bench_arguments.add_arguments(sub, whole)
     return parser
-
-
-def _whole(low):
-    def parse(text):
-        try:
-            value = int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}") from None
-        if value < low:
-            raise argparse.ArgumentTypeError(f"expected {low} or more, got {value}")
-        return value
-
-    return parse
-
-
-def _token_list(text):
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected ids separated by commas, as in 1,2,3, got {text!r}") from None
-
-
-def _adapter(text):
-    """(folder, weight) of FOLDER or FOLDER=WEIGHT; a folder whose own name ends in =WEIGHT goes first."""
-    folder, separator, weight = text.rpartition("=")
-    if not separator or os.path.isdir(text):
-        return text, 1.0
-    try:
-        return folder, float(weight)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected FOLDER or FOLDER=WEIGHT, got {text!r}") from None
 
 
 def main(argv=None):
@@ -194,7 +186,7 @@ def main(argv=None):
         # What people read: stdout, unless that is for the JSON object.
         arguments.out = sys.stderr if arguments.json else sys.stdout
         result, code = arguments.run(arguments)
-        if arguments.json:
+        if arguments.json and result is not None:  # None: another rank prints it
             print(json.dumps(result, allow_nan=False))
         sys.stdout.flush()
         return code
@@ -254,23 +246,44 @@ def _version():
 def _doctor(arguments):
     from cupyq import doctor
 
-    diagnosis = doctor.diagnose()
+    diagnosis = doctor.diagnose(tp=True) if arguments.tp else doctor.diagnose()
     print(doctor.report(diagnosis), file=arguments.out)
     return diagnosis, 0 if diagnosis["ok"] else 2
 
 
-def _load(path, backend):
-    from cupyq.models.loader import load_model
+def _load(path, arguments, comm=None):
+    if comm is None:
+        from cupyq.models.loader import load_model
 
-    return load_model(path, backend=backend)
+        return load_model(path, backend=arguments.backend)
+    from cupyq import tp
+
+    return tp.load_model(path, comm, weights=arguments.tp_weights)
+
+
+def _on_ranks(work, arguments):
+    """work(arguments, comm): for one GPU, where comm is None, or with --tp on each rank, of which rank 0's result counts."""
+    if arguments.tp is None:
+        if arguments.tp_weights is not None:
+            raise ValueError("--tp-weights is for --tp N: give that too")
+        return work(arguments, None)
+    from cupyq.tp.running import as_launched
+
+    return as_launched(lambda comm: work(arguments, comm), arguments.tp or None, arguments.backend) or (None, 0)
 
 
 def _generate(arguments):
-    from cupyq.generate import SamplerSettings, StreamDecoder, encode, generate, load_tokenizer
+    return _on_ranks(_generate_on, arguments)
+
+
+def _generate_on(arguments, comm):
+    is_first = comm is None or comm.rank == 0
+    from cupyq.generate import StreamDecoder, encode, generate, load_tokenizer
+    from cupyq.generate.arguments import sampler_settings
     from cupyq.generate.generator import check_ids
     from cupyq.generate.text import with_special_tokens
 
-    settings = _sampler_settings(arguments, SamplerSettings)
+    settings = sampler_settings(arguments)
     tokenizer = None
     # Before the weights: a missing tokenizer should not take a minute to be noticed.
     if arguments.prompt is not None or os.path.isfile(os.path.join(arguments.model, "tokenizer.json")):
@@ -279,7 +292,7 @@ def _generate(arguments):
     prompt = arguments.tokens if arguments.prompt is None else encode(tokenizer, arguments.prompt)
     if not prompt:
         raise ValueError("--prompt: no tokens, expected some text")
-    model = _load(arguments.model, arguments.backend)
+    model = _load(arguments.model, arguments, comm)
     # Folders of adapters are often called the same: their paths are not.
     adapters = {model.load_adapter(folder, name=folder): weight for folder, weight in arguments.lora}
 
@@ -291,7 +304,7 @@ def _generate(arguments):
 
     def show(piece):
         pieces.append(piece)
-        if piece:
+        if piece and is_first:
             print(piece, end="", file=arguments.out, flush=True)
 
     def on_token(token):
@@ -309,16 +322,18 @@ def _generate(arguments):
     )
     if decoder is not None:
         show(decoder.finish())
-    print(file=arguments.out, flush=True)
+    if is_first:
+        print(file=arguments.out, flush=True)
     speeds = [
-        f"{model.backend}: {len(prompt)} prompt tokens",
+        f"{model.backend}{'' if comm is None else f' on {comm.ranks} ranks'}: {len(prompt)} prompt tokens",
         _speed(result.prefill_tokens_per_s),
         f"{len(result.tokens)} new tokens",
         _speed(result.decode_tokens_per_s),
     ]
     if not settings.is_greedy:
         speeds.append(f"seed {result.seed}")
-    print(", ".join(part for part in speeds if part), file=sys.stderr)
+    if is_first:
+        print(", ".join(part for part in speeds if part), file=sys.stderr)
     return {
         "backend": model.backend,
         "prompt_tokens": result.prompt_tokens,
@@ -329,36 +344,15 @@ def _generate(arguments):
     }, 0
 
 
-_FILTERS = ("temperature", "top_k", "top_p", "min_p", "smoothing_factor", "tfs", "typical", "mirostat_tau", "xtc_probability",
-            "xtc_threshold", "skew", "dynamic_temperature")  # fmt: skip
-_PENALTIES = ("repetition_penalty", "frequency_penalty", "presence_penalty", "dry_multiplier")
-
-
-def _sampler_settings(arguments, settings):
-    import dataclasses
-
-    named = {name: getattr(arguments, name) for name in (*_FILTERS, *_PENALTIES, "seed")}
-    given = {name: value for name, value in named.items() if value is not None}
-    filters = [name for name in given if name in _FILTERS]
-    if arguments.greedy and filters:
-        raise ValueError(f"--greedy and --{filters[0].replace('_', '-')} exclude each other: leave one out")
-    if "dynamic_temperature" in given:
-        given["min_temp"], given["max_temp"] = given.pop("dynamic_temperature")
-        if not given["min_temp"] < given["max_temp"]:
-            raise ValueError(
-                f"--dynamic-temperature: MIN {given['min_temp']:g} must be below MAX {given['max_temp']:g}: exchange them"
-            )
-    if not arguments.greedy:
-        return settings(**given)
-    given.pop("seed", None)  # harmless: greedy draws nothing
-    return dataclasses.replace(settings.greedy(), **given)
-
-
 def _speed(tokens_per_s):
     return "" if tokens_per_s is None else f"{tokens_per_s:.1f} tokens/s"
 
 
 def _perplexity(arguments):
+    return _on_ranks(_perplexity_on, arguments)
+
+
+def _perplexity_on(arguments, comm):
     from tqdm import tqdm
 
     from cupyq.generate import encode, load_tokenizer, perplexity
@@ -371,11 +365,13 @@ def _perplexity(arguments):
         raise ValueError(f"{arguments.text}: not UTF-8 at byte {error.start}, expected plain text") from None
     # Windows start in the middle of the text: no start token belongs there.
     ids = encode(tokenizer, text, special=False)
-    model = _load(arguments.model, arguments.backend)
-    reference = None if arguments.reference is None else _load(arguments.reference, arguments.backend)
+    model = _load(arguments.model, arguments, comm)
+    reference = None if arguments.reference is None else _load(arguments.reference, arguments, comm)
 
+    is_first = comm is None or comm.rank == 0
+    is_hidden = None if is_first else True  # None: shown on a terminal
     total = min(len(ids) // arguments.window, arguments.max_windows or len(ids))
-    with tqdm(total=total, desc="perplexity", unit="window", delay=1, leave=False, disable=None, file=sys.stderr) as bar:
+    with tqdm(total=total, desc="perplexity", unit="window", delay=1, leave=False, disable=is_hidden, file=sys.stderr) as bar:
         measured = perplexity(
             model,
             ids,
@@ -389,7 +385,8 @@ def _perplexity(arguments):
     if measured.kl is not None and measured.top1 is not None:
         lines.append(f"KL          {measured.kl:.5f}   nats per token, from the reference")
         lines.append(f"top-1       {100 * measured.top1:.2f} %  of the tokens have the same most likely one")
-    print("\n".join(lines), file=arguments.out)
+    if is_first:
+        print("\n".join(lines), file=arguments.out)
     return {
         "perplexity": measured.perplexity,
         "tokens": measured.tokens,
@@ -405,7 +402,9 @@ def _quantize(arguments):
 
 
 def _inspect(arguments):
-    model = _load(arguments.model, "numpy")  # weights stay in the files: only tables are read
+    from cupyq.models.loader import load_model
+
+    model = load_model(arguments.model, "numpy")  # weights stay in the files: only tables are read
     config = model.config
     layers = list(model.linear_layers())
     width = max(len(layer.name) for layer in layers)

@@ -6,6 +6,7 @@ package does not hide the state of the others.
 
 import ctypes
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import re
@@ -31,8 +32,11 @@ class Check:
     """A command or an instruction; None where nothing is to be mended."""
 
 
-def diagnose() -> dict:
-    """{"ok": a backend is usable, "backend": "cupy" or "numpy", "checks": [{name, ok, found, mend}, ...]}"""
+def diagnose(tp: bool = False) -> dict:
+    """{"ok": a backend is usable, "backend": "cupy" or "numpy", "checks": [{name, ok, found, mend}, ...]}
+
+    tp: look at what several GPUs together need, too; where there are several, they must be able to work together to be ok.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # CuPy warns about conflicts and missing libraries that the checks report
         checks = [_guard("python", _python), _guard("numpy", _numpy), _guard("packages", _packages)]
@@ -40,9 +44,18 @@ def diagnose() -> dict:
         checks += [_guard("headers", _headers), _guard("nccl", _nccl), _guard("cache", cache_check)]
         if _is_ok(checks, "cupy", "driver", "gpu", "nvrtc", "cache"):
             checks.append(_guard("kernel", _kernel))
+        if tp:
+            checks += [_guard("launcher", _launcher), _guard("watch", _watch), _guard("shm", _shm), _guard("peers", _peers)]
+            if _is_ok(checks, "kernel", "nccl") and _gpu_count() > 1:
+                checks.append(_guard("exchange", _exchange))
     has_numpy = _is_ok(checks, "python", "numpy", "packages")
     has_gpu = has_numpy and _is_ok(checks, "kernel")
-    return {"ok": has_numpy, "backend": "cupy" if has_gpu else "numpy", "checks": [asdict(check) for check in checks]}
+    exchanges = all(check.ok for check in checks if check.name == "exchange")
+    return {
+        "ok": has_numpy and exchanges,
+        "backend": "cupy" if has_gpu else "numpy",
+        "checks": [asdict(check) for check in checks],
+    }
 
 
 def report(diagnosis: dict) -> str:
@@ -52,7 +65,10 @@ def report(diagnosis: dict) -> str:
         lines.append(f"{'ok' if check['ok'] else '--':<4}{check['name']:<10}{check['found']}")
         if check["mend"]:
             lines.append(f"{'':<14}to mend: {check['mend']}")
-    if not diagnosis["ok"]:
+    is_apart = any(check["name"] == "exchange" and not check["ok"] for check in diagnosis["checks"])
+    if is_apart:
+        lines.append("\nThe GPUs do not work together: mend the line exchange; each works alone.")
+    elif not diagnosis["ok"]:
         lines.append("\nNothing can run yet: mend python, numpy and packages first.")
     elif diagnosis["backend"] == "cupy":
         lines.append("\nModels run on the GPU (backend cupy).")
@@ -338,3 +354,140 @@ def _kernel():
     ok = error < 1e-5
     mend = None if ok else "report it with this output: the GPU or its driver computes wrong results"
     return Check("kernel", ok, f"rms_norm ran on the GPU, largest error {error:.1e}", mend)
+
+
+# --- several GPUs together --------------------------------------------------------------------------------------------
+
+_EXCHANGED_BYTES = (4 << 10, 64 << 10, 1 << 20, 64 << 20)
+_LEAST_SHM_BYTES = 64 << 20
+
+
+def _launcher():
+    """Which door the ranks would come in by, as this process sees it."""
+    from cupyq.tp import find_place
+
+    try:
+        place = find_place()
+    except Exception as error:
+        return Check("launcher", False, _one_line(error), "see the message; or start without a launcher: --tp N")
+    if place.ranks == 1:
+        has_mpi = importlib.util.find_spec("mpi4py") is not None
+        text = f"none: --tp N makes threads of one process (mpi4py is {'' if has_mpi else 'not '}installed, for mpirun)"
+    else:
+        text = f"{place.launcher}: rank {place.rank} of {place.ranks}, number {place.local_rank} on this host"
+        text += "" if place.host is None else f", meeting at {place.host}:{place.port}"
+    return Check("launcher", True, text)
+
+
+def _watch():
+    """Where the processes of a job on one host see whether the others live."""
+    from cupyq.tp.watch import Watch
+
+    with Watch(f"doctor {os.getpid()}", 0, 1) as watch:
+        return Check("watch", True, f"{os.path.dirname(watch.path)} (CUPYQ_WATCH_DIR chooses another)")
+
+
+def _shm():
+    """NCCL exchanges through /dev/shm where GPUs do not reach each other, and containers often have little of it."""
+    try:
+        status = os.statvfs("/dev/shm")
+    except OSError:
+        return Check("shm", False, "no /dev/shm", "in a container: start it with --shm-size=1g or --ipc=host")
+    free = status.f_bavail * status.f_frsize
+    ok = free >= _LEAST_SHM_BYTES
+    mend = None if ok else "in a container: start it with --shm-size=1g or --ipc=host"
+    return Check("shm", ok, f"/dev/shm has {free / 2**20:.0f} MiB free", mend)
+
+
+def _gpu_count():
+    from cupyq import _device
+
+    return _device.count()
+
+
+def _peers():
+    """Which GPUs reach each other's memory, and by what link."""
+    count = _gpu_count()
+    if count < 2:
+        return Check("peers", count > 0, f"{count or 'no'} GPU here: nothing to link", None if count else "mend gpu first")
+    from cupy.cuda import runtime
+
+    pairs = [(a, b) for a in range(count) for b in range(a + 1, count)]
+    apart = [(a, b) for a, b in pairs if not (runtime.deviceCanAccessPeer(a, b) and runtime.deviceCanAccessPeer(b, a))]
+    links = _links()
+    kinds = sorted({links.get(pair, "link unknown") for pair in pairs if pair not in apart})
+    names = {runtime.getDeviceProperties(index)["name"].decode() for index in range(count)}
+    found = f"{len(pairs) - len(apart)} of {len(pairs)} pairs reach each other's memory" + (
+        f" ({', '.join(kinds)})" if kinds else ""
+    )
+    if len(names) > 1:
+        found += f"; GPUs differ ({', '.join(sorted(names))}): their results may differ in the last bit, take ones of a kind"
+    if not apart:
+        return Check("peers", True, found)
+    which = ", ".join(f"{a}-{b}" for a, b in apart[:4]) + (" ..." if len(apart) > 4 else "")
+    mend = f"GPUs {which} exchange through host memory, which works and is slow; nvidia-smi topo -p2p r says why"
+    return Check("peers", False, found, mend)
+
+
+def _links():
+    """{(gpu, gpu): "NVLink x 18", "PIX", ...} as `nvidia-smi topo -m` names them; empty where it cannot be asked."""
+    import subprocess
+
+    try:
+        done = subprocess.run(["nvidia-smi", "topo", "-m"], capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return {}
+    return parse_links(done.stdout)
+
+
+def parse_links(text):
+    """What the matrix of `nvidia-smi topo -m` says of each pair of GPUs."""
+    rows = [re.sub(r"\x1b\[[0-9;]*m", "", line).split() for line in text.splitlines()]
+    rows = [row for row in rows if row and re.fullmatch(r"GPU\d+", row[0]) and "X" in row[1:]]
+    links = {}
+    for a, row in enumerate(rows):
+        for b in range(a + 1, min(len(rows), len(row) - 1)):
+            kind = row[1 + b]
+            links[a, b] = f"NVLink x {kind[2:]}" if kind.startswith("NV") else kind
+    return links
+
+
+def _exchange():
+    """Sums over all GPUs, right and how quick."""
+    from cupyq import tp
+
+    count = _gpu_count()
+    times = tp.run(_timed_sums, count, backend="cupy")[0]
+    wrong = [size for size, (_, ok) in times.items() if not ok]
+    table = ", ".join(f"{_size(size)} {us:.0f} us" for size, (us, _) in times.items())
+    largest = max(times)
+    speed = 2 * (count - 1) / count * largest / times[largest][0] / 1e3
+    mend = None
+    if wrong:
+        mend = f"sums of {_size(wrong[0])} are wrong: try NCCL_P2P_DISABLE=1, and turn off IOMMU or PCIe ACS on this machine"
+    return Check("exchange", not wrong, f"sums over {count} GPUs: {table} ({speed:.0f} GB/s on the bus)", mend)
+
+
+def _timed_sums(comm):
+    """{bytes: (microseconds, whether the sum is right)} of float32 all-reduces on this rank."""
+    import numpy as np
+
+    cuda, times = comm.xp.cuda, {}
+    for size in _EXCHANGED_BYTES:
+        array = comm.xp.full(size // 4, comm.rank + 1, np.float32)
+        out = comm.all_reduce(array)
+        comm.wait()
+        ok = bool((out == comm.ranks * (comm.ranks + 1) // 2).all())
+        repeats = 50 if size <= 1 << 20 else 5
+        begin, end = cuda.Event(), cuda.Event()
+        begin.record()
+        for _ in range(repeats):
+            comm.all_reduce(array, out)
+        end.record()
+        comm.wait()
+        times[size] = 1e3 * cuda.get_elapsed_time(begin, end) / repeats, ok
+    return times
+
+
+def _size(nbytes):
+    return f"{nbytes >> 20} MiB" if nbytes >= 1 << 20 else f"{nbytes >> 10} KiB"

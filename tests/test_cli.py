@@ -13,6 +13,7 @@ from cupyq import _device, _kernels, cli, doctor
 from cupyq.cli import main
 from cupyq.errors import BackendError
 from cupyq.generate import SamplerSettings
+from cupyq.generate.arguments import sampler_settings
 from cupyq.layers import CACHE_KINDS
 from cupyq.models.model import Model
 from cupyq.ops import norm
@@ -257,7 +258,7 @@ def test_the_sampler_s_options(run_json):
 
 def test_the_sampler_s_options_reach_the_settings():
     arguments = ["generate", "MODEL", "--tokens", "1", *EVERY_FILTER.split(), *EVERY_PENALTY.split()]
-    settings = cli._sampler_settings(cli.build_parser().parse_args(arguments), SamplerSettings)
+    settings = sampler_settings(cli.build_parser().parse_args(arguments))
     assert settings == SamplerSettings(
         smoothing_factor=0.1,
         tfs=0.99,

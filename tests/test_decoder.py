@@ -15,6 +15,7 @@ from test_models import folder_of, loaded, on_gpu, variant
 from cupyq.errors import UnsupportedError
 from cupyq.generate import SamplerSettings, generate
 from cupyq.layers import CACHE_KINDS
+from cupyq.models import decoder as decoder_module
 from cupyq.models import load_model
 from cupyq.models import model as model_module
 
@@ -45,6 +46,24 @@ def rows_of(decoder, prompts, steps):
     """The tokens of each text, as lists."""
     first = decoder.start(prompts)
     return np.concatenate([host(first)[:, None], host(decoder.run(steps))], axis=1).tolist()
+
+
+def test_nothing_is_collected_while_any_thread_captures():
+    assert gc.isenabled()
+    first, second = decoder_module._without_collecting(), decoder_module._without_collecting()
+    with first:
+        second.__enter__()
+        assert not gc.isenabled()
+    assert not gc.isenabled()
+    second.__exit__(None, None, None)
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        with decoder_module._without_collecting():
+            pass
+        assert not gc.isenabled()  # as it was
+    finally:
+        gc.enable()
 
 
 # --- on NumPy ---------------------------------------------------------------------------------------------------------

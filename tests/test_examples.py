@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from conftest import ROOT
+from tp_checks import several_gpus  # noqa: F401
 
 EXAMPLES = ROOT / "examples"
 
@@ -31,7 +32,7 @@ def test_every_example_is_run_here():
     names = {path.stem for path in EXAMPLES.glob("*.py")}
     ops = {"ops_numpy", "ops_torch", "ops_jax"}
     others = {"torch_quant_linear", "inspect_checkpoint", "lora", "graph_decoder", "cache_kinds", "demo", "quantize_model"}
-    assert names == ops | others
+    assert names == ops | others | {"tensor_parallel"}
 
 
 def test_ops_numpy(tmp_path):
@@ -94,6 +95,16 @@ def test_quantize_model(tmp_path):
     assert f"bits        {bits:.4f}" in (tmp_path / "out/quantization.md").read_text()
 
 
+def check_tensor_parallel(text):
+    ranks = re.findall(r"^rank (\d): ([\d.]+) MB of linear layers, (\d) KV heads$", text, re.MULTILINE)
+    assert [rank for rank, _, _ in ranks] == ["0", "1"] and all(0.7 < float(held) < 1.3 for _, held, _ in ranks), text
+    assert all(kv_heads == "1" for _, _, kv_heads in ranks) and "\nROMEO:\n" in text
+
+
+def test_tensor_parallel(tmp_path):
+    check_tensor_parallel(run("tensor_parallel", tmp_path, "--backend", "numpy"))
+
+
 def perplexities(text):
     """{row name: perplexity} of the demo's table."""
     return {name: float(value) for name, value in re.findall(r"^(float16|EXL2) +[\d.]+ +([\d.]+)$", text, re.MULTILINE)}
@@ -127,6 +138,11 @@ def test_graph_decoder_on_the_gpu(tmp_path):
 @pytest.mark.gpu
 def test_cache_kinds_on_the_gpu(tmp_path):
     check_cache_kinds(run("cache_kinds", tmp_path), 2048)
+
+
+@pytest.mark.gpu
+def test_tensor_parallel_on_gpus(several_gpus, tmp_path):  # noqa: F811
+    check_tensor_parallel(run("tensor_parallel", tmp_path))
 
 
 @pytest.mark.gpu

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import random
 from types import SimpleNamespace
 
 import numpy as np
@@ -29,6 +30,9 @@ class FakeModel:
         self.spread = spread
         self.fed = []
         self.capacity = None
+
+    def new_seed(self):
+        return random.randrange(1 << 32)
 
     def new_cache(self, batch=1, capacity=None):
         assert batch == 1

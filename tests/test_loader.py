@@ -37,7 +37,7 @@ def chosen(folder, monkeypatch):
     monkeypatch.setattr(loader, "_rope_tables", lambda config, xp: (None, None))
     with Checkpoint(folder) as checkpoint:
         config = ModelConfig.from_file(folder)
-        blueprint = loader._Blueprint(config, checkpoint, types.SimpleNamespace(), np.dtype(np.float16))
+        blueprint = loader.Blueprint(loader.Plan(config, checkpoint, types.SimpleNamespace(), np.dtype(np.float16)))
         assert len(blueprint.layers) > 1
         return [blueprint.layers.index(layer) for layer in loader._one_of_each_kind(blueprint.layers)]
 
@@ -138,7 +138,7 @@ def test_an_error_of_the_upload_comes_first(kind):
 def test_parts_keep_nothing_after_an_error(monkeypatch):
     """A traceback may live long, in a notebook for one: it must not hold half a model."""
     plans = []
-    monkeypatch.setattr(loader._Plan, "refuse_leftovers", lambda plan: plans.append(plan))
+    monkeypatch.setattr(loader.Plan, "refuse_leftovers", lambda plan: plans.append(plan))
     real = loader.QMatrix.from_tensors
 
     def failing(tensors, **options):
@@ -167,7 +167,7 @@ def test_kernels_are_foreseen(cupy, monkeypatch, folder):
     model = load_model(folder, "cupy")
     assert set(trace_kernels(model)) <= set(foreseen)
     with Checkpoint(folder) as checkpoint, _kernels.tracing() as to_load:
-        blueprint = loader._Blueprint(model.config, checkpoint, cupy, model.dtype)
+        blueprint = loader.Blueprint(loader.Plan(model.config, checkpoint, cupy, model.dtype))
         blueprint.load()
     assert set(to_load) <= set(foreseen)
     assert bool(to_load) == ("exl2" in folder.name or "gptq" in folder.name)
@@ -194,7 +194,7 @@ def test_finding_the_kernels_leaves_nothing_on_the_gpu(cupy, folder):
     config = dataclasses.replace(ModelConfig.from_file(folder), max_seq_len=16)
     with Checkpoint(folder) as checkpoint:
         before = used_bytes(cupy)
-        blueprint = loader._Blueprint(config, checkpoint, cupy, np.dtype(np.float16))
+        blueprint = loader.Blueprint(loader.Plan(config, checkpoint, cupy, np.dtype(np.float16)))
         tables = used_bytes(cupy) - before
         assert blueprint.kernels()
         assert used_bytes(cupy) - before == tables

@@ -11,7 +11,7 @@ from conftest import ROOT
 from cupyq.formats.safetensors import SafetensorsFile
 from cupyq.layers import Linear, Step
 from cupyq.models import load_model
-from cupyq.models.loader import _Blueprint
+from cupyq.models.loader import Blueprint
 from cupyq.quantize import gather
 from cupyq.quantize.recording import layer_inputs
 from cupyq.quantize.walk import LayerWalk, replace
@@ -235,7 +235,7 @@ def test_experts_are_not_fed_beside_the_original():
 
 @pytest.mark.parametrize("name", ["llama3-rope", "mixtral"])
 def test_one_pair_is_in_memory_at_a_time(monkeypatch, name):
-    alive, real, counts = [], _Blueprint.layer, []
+    alive, real, counts = [], Blueprint.layer, []
 
     def layer(blueprint, index):
         gc.collect()
@@ -244,7 +244,7 @@ def test_one_pair_is_in_memory_at_a_time(monkeypatch, name):
         alive.extend(weakref.ref(linear.weight) for linear in made.linears())
         return made
 
-    monkeypatch.setattr(_Blueprint, "layer", layer)
+    monkeypatch.setattr(Blueprint, "layer", layer)
     with LayerWalk(MODELS / name, "numpy") as walk:
         each = [len(one.linears()) + len(two.linears()) for _, one, two in walk.pairs()]
         assert counts == [0, each[0] // 2] * len(walk)

@@ -46,6 +46,7 @@ KERNELS = PACKAGE / "cu"
 # An import may point to a module of the same or a lower number, never up, and never in a circle.
 LAYERS = {
     "errors": 0,
+    "_arguments": 0,
     "_arrays": 1,
     "_device": 1,
     "_progress": 1,
@@ -469,7 +470,7 @@ def test_every_test_file_has_something_to_test():
     Modules whose names say little outside of their folder have it before them, as test_<folder>_<module>.py.
     """
     stems = {path.stem.lstrip("_") for path in PACKAGE.rglob("*")}
-    folders = [PACKAGE / name for name in ("ext", "quantize", "bench")]
+    folders = [PACKAGE / name for name in ("ext", "quantize", "bench", "tp")]
     stems |= {f"{folder.name}_{path.stem.lstrip('_')}" for folder in folders for path in folder.glob("*.py")}
     tests = {path.stem.removeprefix("test_") for path in (ROOT / "tests").glob("test_*.py")}
     assert tests - stems - {"repo", "examples", "golden", "blocks", "ext_hostile", "qmatmul_before"} == set()

@@ -15,7 +15,7 @@ from cupyq.errors import FormatError, UnsupportedError
 from cupyq.formats.safetensors import SafetensorsFile
 from cupyq.layers import Linear, MoE, Step
 from cupyq.models import load_model
-from cupyq.models.loader import _Blueprint
+from cupyq.models.loader import Blueprint
 from cupyq.quantize.recording import layer_inputs
 from cupyq.quantize.walk import LayerWalk, replace
 
@@ -127,7 +127,7 @@ def test_golden_logits():
 @pytest.mark.parametrize("name", ["llama3-rope", "mixtral"])
 def test_one_layer_is_in_memory_at_a_time(monkeypatch, name):
     """Also while the caller still holds the layer before, and what it reads."""
-    alive, real, counts = [], _Blueprint.layer, []
+    alive, real, counts = [], Blueprint.layer, []
 
     def layer(blueprint, index):
         gc.collect()
@@ -135,7 +135,7 @@ def test_one_layer_is_in_memory_at_a_time(monkeypatch, name):
         assert all(part.value is None for part in blueprint.plan.parts)
         return real(blueprint, index)
 
-    monkeypatch.setattr(_Blueprint, "layer", layer)
+    monkeypatch.setattr(Blueprint, "layer", layer)
     with LayerWalk(folder_of(name), "numpy") as walk:
         hidden = walk.embed(ids_of(folder_of(name)))
         for _, held in walk.layers():
@@ -154,13 +154,13 @@ def test_one_layer_is_in_memory_at_a_time(monkeypatch, name):
 
 def test_only_asked_for_parts_are_read(monkeypatch):
     read = []
-    real = _Blueprint.load
+    real = Blueprint.load
 
     def load(blueprint, parts=None):
         read.append([part.key for part in parts])
         real(blueprint, parts)
 
-    monkeypatch.setattr(_Blueprint, "load", load)
+    monkeypatch.setattr(Blueprint, "load", load)
     for name, head in {"qwen2": ["model.norm", "lm_head"], "qwen3": ["model.embed_tokens.weight", "model.norm"]}.items():
         read.clear()
         with LayerWalk(folder_of(name), "numpy") as walk:

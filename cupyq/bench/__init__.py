@@ -30,6 +30,13 @@ def run(arguments):
         with _lines(arguments.out_file) as lines:
             rows, is_right = quantize.run(wanted, arguments.out, lines)
         return {"rows": rows}, 0 if is_right else 1
+    if arguments.family == "tp":
+        from cupyq.bench import tp
+
+        counts = None if arguments.gpus is None else tp.gpu_counts(arguments.gpus)
+        with _lines(arguments.out_file) as lines:
+            rows, is_right = tp.run(tp.Options.parse(counts, arguments.quick), arguments.out, lines)
+        return {"rows": rows}, 0 if is_right else 1
     from cupyq.bench import qmatmul, sweep
 
     if arguments.family is None:

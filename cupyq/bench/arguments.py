@@ -8,6 +8,7 @@ families:
   attention decoding and prompts over contiguous, paged and quantized caches, beside PyTorch's FlashAttention and cuDNN
   model     a model of random weights: tokens per second, loading, the first token
   quantize  the steps of making quantized weights: scales, rows, Hessians, matrices, a layer
+  tp        sums over several GPUs, 4 KB to 64 MB: NCCL, our kernels, and what the links allow
 
 Without a family: a short qmatmul table. Everything is verified before it is timed, and compared with what this machine can
 do at most, measured in the same run.
@@ -27,6 +28,7 @@ def add_arguments(parser, whole):
     _add_attention(_family(families, "attention"), whole)
     _add_model(_family(families, "model"), whole)
     _add_quantize(_family(families, "quantize"), whole)
+    _add_tp(_family(families, "tp"))
 
 
 def _family(families, name):
@@ -94,6 +96,11 @@ def _add_quantize(sub, whole):
     sub.add_argument("--tokens", type=whole(1), metavar="N", help="of calibration, for a layer; default 204800")
     sub.add_argument("--quick", action="store_true", help="one matrix and one layout")
     sub.add_argument("--backend", choices=("auto", "numpy", "cupy"), default="auto", help="default: cupy where a GPU is usable")
+
+
+def _add_tp(sub):
+    sub.add_argument("--gpus", metavar="N,...", help="numbers of GPUs; default: 2, 4 and 8, as far as there are so many")
+    sub.add_argument("--quick", action="store_true", help="six sizes")
 
 
 def lengths(text):

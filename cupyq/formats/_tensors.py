@@ -39,6 +39,14 @@ def check_tensor(
     return tensor
 
 
+def check_input_count(count: int, name: str) -> None:
+    """FormatError unless row_input leaves a multiple of 8 inputs, which kernels read 8 at a time."""
+    if count == 0 or count % 8:
+        raise FormatError(
+            f"{label(name, 'row_input')}: {count} inputs, expected a multiple of 8 above 0; split the layer at multiples of 8"
+        )
+
+
 def host_values(tensor: Any, short: str, name: str) -> np.ndarray:
     """The tensor, if it is a NumPy array; TypeError otherwise, since a silent copy from a GPU would synchronise it."""
     if not isinstance(tensor, np.ndarray):

@@ -14,18 +14,22 @@ original. RN16 rounds to the nearest fp16, ties to even. Effective bits per weig
 | q_groups    | I16   | [2G]     | pairs (bits, first row of q_weight), read as unsigned                     |
 | q_invperm   | I32   | [K]      | original row -> stored row; q_perm, its inverse, may stand in its place   |
 | bias        | F16   | [N]      | optional                                                                 |
+| row_input   | I32   | [rows]   | never in a checkpoint: in place of q_invperm where rows are padding       |
+
+A part of a layer (`tp/split.py`) may keep a few rows of a group, and its groups are filled up to multiples of 32: row_input
+is the input of each stored row, -1 for a row that has none. K then counts the others.
 
 Source: exllamav2 0.3.2 (q_matrix.cu, ext.py, adaptivegptq.py).
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from cupyq.errors import FormatError
-from cupyq.formats._tensors import check_tensor, frozen, host_values, label
+from cupyq.formats._tensors import check_input_count, check_tensor, frozen, host_values, label
 from cupyq.formats.bits import WIDTHS, pack_cols, pack_rows, unpack_cols, unpack_rows
 
 MAX_ROWS = 65536  # the permutation is unsigned 16-bit wherever it is used
@@ -53,7 +57,7 @@ class Exl2Segment:
 class Exl2Layout:
     """Sizes and groups of one layer. The arrays are int32 [G] and read-only."""
 
-    k: int
+    k: int  # inputs: the stored rows, those of padding left out
     n: int
     bits: np.ndarray
     rows: np.ndarray
@@ -64,6 +68,10 @@ class Exl2Layout:
     @property
     def group_count(self) -> int:
         return len(self.bits)
+
+    @property
+    def stored_rows(self) -> int:
+        return int(self.first_row[-1]) + int(self.rows[-1])
 
 
 def exl2_layout(q_groups: np.ndarray, q_weight_rows: int, n: int, name: str = "") -> Exl2Layout:
@@ -113,10 +121,11 @@ def exl2_layout(q_groups: np.ndarray, q_weight_rows: int, n: int, name: str = ""
 def validate_exl2(tensors: Mapping[str, Any], name: str = "") -> tuple[Exl2Layout, np.ndarray | None]:
     """Check the tensors of a layer; returns its layout and perm.
 
-    perm is int32 [K], stored row -> original row, or None for the identity. Of q_weight, q_scale, q_scale_max and bias
-    only `.shape` and `.dtype` are read, so they may be on a GPU; q_groups, q_invperm and q_perm are NumPy arrays.
-    q_invperm and q_perm may both be absent (identity), and must agree where both are given. 16-bit permutations are
-    read as unsigned. None counts as absent; other names are ignored. FormatError names the tensor, prefixed by `name`.
+    perm is int32 [stored rows], stored row -> original row, -1 for padding, or None for the identity. Of q_weight,
+    q_scale, q_scale_max and bias only `.shape` and `.dtype` are read, so they may be on a GPU; q_groups, q_invperm, q_perm
+    and row_input are NumPy arrays. q_invperm and q_perm may both be absent (identity), and must agree where both are given;
+    row_input takes the place of both. 16-bit permutations are read as unsigned. None counts as absent; other names are
+    ignored. FormatError names the tensor, prefixed by `name`.
     """
     q_weight = check_tensor(tensors, "q_weight", name, _WORD_DTYPES, (None, None), "[R, N]")
     q_weight_rows, n = map(int, q_weight.shape)
@@ -129,6 +138,10 @@ def validate_exl2(tensors: Mapping[str, Any], name: str = "") -> tuple[Exl2Layou
     check_tensor(tensors, "q_scale_max", name, (np.float16,), (groups,), "[groups in q_groups]")
     if tensors.get("bias") is not None:
         check_tensor(tensors, "bias", name, (np.float16,), (n,), "[columns of q_weight]")
+
+    if tensors.get("row_input") is not None:
+        row_input = _row_input(tensors, name, layout.k)
+        return replace(layout, k=int((row_input >= 0).sum())), row_input
 
     perm = inverse = None
     if tensors.get("q_invperm") is not None:
@@ -146,6 +159,21 @@ def validate_exl2(tensors: Mapping[str, Any], name: str = "") -> tuple[Exl2Layou
     if perm is None or np.array_equal(perm, np.arange(layout.k)):
         return layout, None
     return layout, frozen(perm)
+
+
+def _row_input(tensors: Mapping[str, Any], name: str, stored_rows: int) -> np.ndarray:
+    for other in ("q_invperm", "q_perm"):
+        if tensors.get(other) is not None:
+            raise FormatError(f"{label(name, 'row_input')}: given beside {other}, whose place it takes; pass one of the two")
+    tensor = check_tensor(tensors, "row_input", name, (np.int32,), (stored_rows,), "[rows in q_groups]")
+    values = host_values(tensor, "row_input", name)
+    inputs = values[values != -1]
+    check_input_count(inputs.size, name)
+    if not np.array_equal(np.sort(inputs), np.arange(inputs.size)):
+        raise FormatError(
+            f"{label(name, 'row_input')}: expected each input from 0 on once, and -1 for padding; split the layer again"
+        )
+    return frozen(values.copy())
 
 
 def _permutation(tensors: Mapping[str, Any], short: str, name: str, k: int) -> np.ndarray:
@@ -173,7 +201,7 @@ def group_map(layout: Exl2Layout) -> np.ndarray:
     """
     group = np.repeat(np.arange(layout.group_count), layout.rows)
     end = (layout.first_row + layout.rows)[group]
-    return np.stack([group, end - np.arange(layout.k)], axis=1).astype(np.uint16).view(np.int16).reshape(-1)
+    return np.stack([group, end - np.arange(layout.stored_rows)], axis=1).astype(np.uint16).view(np.int16).reshape(-1)
 
 
 def exl2_scales(q_scale: np.ndarray, q_scale_max: np.ndarray, prescale: float = 1.0) -> np.ndarray:
@@ -197,8 +225,8 @@ def scale_base(q_scale_max: np.ndarray, prescale: float = 1.0) -> np.ndarray:
 
 
 def unpack_exl2(q_weight: np.ndarray, layout: Exl2Layout) -> np.ndarray:
-    """Codes q, uint8 [K, N], in stored order."""
-    codes = np.empty((layout.k, layout.n), np.uint8)
+    """Codes q, uint8 [stored rows, N], in stored order."""
+    codes = np.empty((layout.stored_rows, layout.n), np.uint8)
     for segment in layout.segments:
         words = q_weight[segment.first_word : segment.first_word + segment.words]
         codes[segment.first_row : segment.first_row + segment.rows] = unpack_rows(words, segment.bits, segment.rows)
@@ -213,7 +241,8 @@ def dequantize_exl2(tensors: Mapping[str, np.ndarray], prescale: float = 1.0, na
     layout, perm = validate_exl2(tensors, name)
     scales = exl2_scales(tensors["q_scale"], tensors["q_scale_max"], prescale)
     codes = unpack_exl2(tensors["q_weight"], layout)
-    weights = np.empty((layout.k, layout.n), np.float16)
+    has_padding = layout.stored_rows > layout.k  # whose index, -1, is then that of one more row
+    weights = np.empty((layout.k + has_padding, layout.n), np.float16)
     for group in range(layout.group_count):
         first, rows = int(layout.first_row[group]), int(layout.rows[group])
         zero = np.float32(1 << (int(layout.bits[group]) - 1))
@@ -224,7 +253,7 @@ def dequantize_exl2(tensors: Mapping[str, np.ndarray], prescale: float = 1.0, na
                 # 8 significant bits times 11 are exact in float32, so the assignment is the only rounding.
                 values = ((codes[stored] - zero) * scale).astype(np.float16)
             weights[stored if perm is None else perm[stored]] = values
-    return weights
+    return weights[: layout.k]
 
 
 def pack_exl2(
@@ -273,7 +302,7 @@ def pack_exl2(
 def exl2_size_bits(layout: Exl2Layout, has_bias: bool = False) -> int:
     """Bits of a layer as the EXL2 optimiser counts them: sum(rows*N*bits) + (16 + 32 + 4*N) * G + 32*K (+ 16*N).
 
-    Divide by K*N for bits per weight.
+    K counts inputs, rows the stored ones. Divide by K*N for bits per weight.
     """
     codes = sum(segment.rows * segment.bits for segment in layout.segments) * layout.n
     return codes + (16 + 32 + 4 * layout.n) * layout.group_count + 32 * layout.k + (16 * layout.n if has_bias else 0)

@@ -10,6 +10,9 @@
 | g_idx   | I32           | [K]          | optional: group of each row. All zero with G > 1 means absent       |
 | bias    | as scales     | [N]          | optional                                                           |
 
+A part of a layer (`tp/split.py`) whose inputs are no multiple of 32 has rows of padding at the end of qweight. It then comes
+with row_input, I32 [rows of qweight], which no checkpoint has: 0 to K - 1 and then -1. K does not count the padding.
+
 Zeros come in conventions that the tensors do not tell apart ("checkpoint_format": "gptq_v2" in config.json does):
 v1 stores zero - 1, v2 stores zero. A v1 zero is stored + 1 without wrapping, so 1 to 2^b. LoRAX and its Triton kernel
 read v1 files with 2^b wrapped to 0, here "v1-wrapped": it differs for a stored 2^b - 1 only. RN16 rounds to the nearest
@@ -25,7 +28,7 @@ import ml_dtypes
 import numpy as np
 
 from cupyq.errors import FormatError
-from cupyq.formats._tensors import check_tensor, frozen, host_values, label
+from cupyq.formats._tensors import check_input_count, check_tensor, frozen, host_values, label
 from cupyq.formats.bits import pack_cols, pack_rows, unpack_cols, unpack_rows
 
 GPTQ_WIDTHS = (2, 3, 4, 8)
@@ -38,7 +41,7 @@ _FLOAT_DTYPES = (np.float16, np.float32, ml_dtypes.bfloat16)
 class GptqLayout:
     """Sizes and groups of one layer. The arrays are int32 and read-only."""
 
-    k: int
+    k: int  # inputs: the rows of qweight, those of padding left out
     n: int
     bits: int
     group_count: int
@@ -59,9 +62,10 @@ def validate_gptq(
 
     Bits follow from the shapes; `bits`, if given, must agree. Rows belong to groups by g_idx where it counts, else
     row k to group k // group_size. Without group_size: K if G = 1, K / G if that is whole, else the smallest power of
-    two with group_size * G >= K. group_size -1 means K. g_idx outranks group_size. Of all tensors but g_idx (a NumPy
-    array) only `.shape` and `.dtype` are read, so they may be on a GPU. None counts as absent; other names are
-    ignored. K must be a multiple of 32. FormatError names the tensor, prefixed by `name`; ValueError names an argument.
+    two with group_size * G >= K. group_size -1 means K. g_idx outranks group_size. Of all tensors but g_idx and row_input
+    (NumPy arrays) only `.shape` and `.dtype` are read, so they may be on a GPU. None counts as absent; other names are
+    ignored. K, padding included, must be a multiple of 32. FormatError names the tensor, prefixed by `name`; ValueError
+    names an argument.
     """
     _check_convention("zeros", zeros)
     qweight = check_tensor(tensors, "qweight", name, _WORD_DTYPES, (None, None), "[K * bits / 32, N]")
@@ -87,6 +91,9 @@ def validate_gptq(
         check_tensor(tensors, "bias", name, _FLOAT_DTYPES, (n,), "[columns of qweight]")
 
     row_group = _read_g_idx(tensors, name, k, group_count)
+    if tensors.get("row_input") is not None:
+        k = _count_inputs(tensors, name, k)
+        row_group = None if row_group is None else row_group[:k]
     if row_group is None:
         size = _resolve_group_size(group_size, k, group_count, name)
         row_group = np.arange(k, dtype=np.int32) // np.int32(size)
@@ -97,6 +104,16 @@ def validate_gptq(
         perm = frozen(np.argsort(keys, kind="stable").astype(np.int32))
     group_rows = np.bincount(row_group, minlength=group_count).astype(np.int32)
     return GptqLayout(k, n, found_bits, group_count, frozen(row_group), frozen(group_rows), perm)
+
+
+def _count_inputs(tensors: Mapping[str, Any], name: str, rows: int) -> int:
+    tensor = check_tensor(tensors, "row_input", name, (np.int32,), (rows,), "[rows packed in qweight]")
+    values = host_values(tensor, "row_input", name)
+    k = int((values != -1).sum())
+    check_input_count(k, name)
+    if not np.array_equal(values[:k], np.arange(k)):
+        raise FormatError(f"{label(name, 'row_input')}: not 0, 1, ... and then -1 for padding; split the layer again")
+    return k
 
 
 def _read_g_idx(tensors: Mapping[str, Any], name: str, k: int, group_count: int) -> np.ndarray | None:
@@ -158,7 +175,8 @@ def gptq_scales(scales: np.ndarray, name: str = "") -> np.ndarray:
 def unpack_gptq(tensors: Mapping[str, np.ndarray], layout: GptqLayout, *, zeros: str = "v1") -> tuple[np.ndarray, np.ndarray]:
     """(codes uint8 [K, N] in original row order, true zeros int16 [G, N] as `zero_rule` says)."""
     offset, mask = zero_rule(zeros, layout.bits)
-    codes = unpack_rows(tensors["qweight"], layout.bits, layout.k)
+    rows = tensors["qweight"].shape[0] * 32 // layout.bits
+    codes = unpack_rows(tensors["qweight"], layout.bits, rows)[: layout.k]
     stored = unpack_cols(tensors["qzeros"], layout.bits, layout.n).astype(np.int16)
     return codes, (stored + np.int16(offset)) & np.int16(mask)
 

@@ -1,9 +1,9 @@
 """The weight layout the kernels read: 32 x 32 tiles whose words are matrix-instruction fragments.
 
 Rows are cut into *blocks* of 32 stored rows, columns into *column tiles* of 32. A block has one width and one group. Groups
-whose size is no multiple of 32 (possible in GPTQ) are padded with rows that stand for no input: `row` is -1 there, and
-kernels feed them zeros. Blocks are ordered by falling width, and their groups rise by 0 or 1 from block to block. A column
-tile is one unbroken run of memory, block after block; a block of width b takes b words per lane of a warp.
+whose size is no multiple of 32 (possible in GPTQ, and in parts of a layer) are padded with rows that stand for no input: `row`
+is -1 there, and kernels feed them zeros. Blocks are ordered by falling width, and their groups rise by 0 or 1 from block to
+block. A column tile is one unbroken run of memory, block after block; a block of width b takes b words per lane of a warp.
 
 Within a tile, lane 4*g + t holds columns 4g..4g+3 (c) and rows 16j + 8h + 2t + e (j, h, e: 0 or 1): the A operands of
 mma.m16n8k16 and wgmma for the transposed product. They form 16 pairs p = 4c + 2j + h, e = 0 in the low half of a 32-bit

@@ -1,7 +1,6 @@
 """Tokens from a model, one after the other."""
 
 import contextlib
-import secrets
 import time
 from collections.abc import Callable, Collection, Generator, Sequence
 from dataclasses import dataclass
@@ -9,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from cupyq.models.sampler import MAX_SEED, Sampler, SamplerSettings
+from cupyq.models.sampler import Sampler, SamplerSettings
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ def generate(
             f"{len(prompt)} prompt tokens and max_new_tokens {max_new_tokens} pass the model's context of {limit}: "
             f"ask for at most {limit - len(prompt) + 1} new tokens"
         )
-    seed = secrets.randbelow(MAX_SEED + 1) if settings.seed is None else settings.seed
+    seed = model.new_seed() if settings.seed is None else settings.seed
     stop = frozenset(int(token) for token in stop_ids)
     tokens: list[int] = []
     stopped_by = None

@@ -2,14 +2,14 @@
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
 from cupyq.errors import FormatError
 from cupyq.layers.linear import Linear
-from cupyq.layers.lora import Adapter, LoraWeights, Selection
+from cupyq.layers.lora import Adapter, LoraWeights, LowRank, Selection
 
 _KEPT_SELECTIONS = 64
 _MOST = float(np.finfo(np.float32).max)
@@ -18,8 +18,8 @@ _MOST = float(np.finfo(np.float32).max)
 class AdapterTable:
     """Names to columns of a Selection's weights. A column that an unloaded adapter leaves is given to the next one."""
 
-    def __init__(self, xp: Any, dtype: np.dtype):
-        self._xp, self._dtype = xp, dtype
+    def __init__(self, xp: Any):
+        self._xp = xp
         self._columns: dict[str, int] = {}
         # Asked for at every step: made once, so that a step copies nothing from the host.
         self._selections: dict[tuple, Selection] = {}
@@ -34,11 +34,11 @@ class AdapterTable:
         name: str | None,
         scaling: float,
         linears: Mapping[str, Linear],
-        sizes: Mapping[str, int],
+        arrays_of: Callable[[str, Linear, LowRank], tuple[np.ndarray, np.ndarray]],
     ) -> str:
         """Add an adapter's part to each Linear it changes; all or, where an error is raised, none of them.
 
-        linears: by projection. sizes: outputs of those whose matrices are padded.
+        linears: by projection. arrays_of: (projection, Linear, what the file has for it) -> a and b for that Linear.
         """
         adapter = Adapter.from_peft(folder, scaling)
         name = adapter.name if name is None else name
@@ -55,8 +55,7 @@ class AdapterTable:
                     f"{pair.path}: tensor {pair.name_a!r}: the model has no linear layer {projection!r}; the adapter was "
                     "trained on another model"
                 )
-            pair.check(linear.k, sizes.get(projection, linear.n))
-            a, b = (self._xp.asarray(array) for array in pair.arrays(self._dtype, linear.n))
+            a, b = (self._xp.asarray(array) for array in arrays_of(projection, linear, pair))
             weights = LoraWeights.of(a, b, column)
             changed.append((linear, weights if linear.lora is None else linear.lora.joined(weights)))
         for linear, weights in changed:

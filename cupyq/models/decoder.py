@@ -2,7 +2,7 @@
 
 import contextlib
 import gc
-import secrets
+import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
@@ -43,7 +43,8 @@ class Decoder:
         settings = SamplerSettings() if settings is None else settings
         if not isinstance(settings, SamplerSettings):
             raise TypeError(f"settings must be SamplerSettings, got {type(settings).__name__}")
-        self.seed = _checked_seed(settings.seed if seed is None else seed)
+        seed = settings.seed if seed is None else seed
+        self.seed = model.new_seed() if seed is None else _checked_seed(seed)
         self.model, self.batch = model, batch
         self._adapters, self._selection = adapters, None
         self._graphs: dict[int, Any] = {}
@@ -157,11 +158,16 @@ class Decoder:
                         self._queue_step()
                 landing.send(self._newest())
                 if index >= landing.ahead:
-                    yield landing.receive()
+                    yield self._received(landing)
             for _ in range(min(landing.ahead, count)):
-                yield landing.receive()
+                yield self._received(landing)
         finally:
             landing.close()
+
+    def _received(self, landing: Any) -> np.ndarray:
+        tokens = landing.receive()
+        self.model.check()  # where a step ended because another rank failed, they are no tokens
+        return tokens
 
     def _newest(self) -> Any:
         return self._sampler.tokens[self._drawn - 1]
@@ -176,6 +182,7 @@ class Decoder:
             raise ValueError(f"{n} more steps pass the decoder's max_len of {self.capacity}: ask for at most {most}")
 
     def _queue_step(self) -> None:
+        self.model.check()  # a graph does not look
         self._select()
         bucket = kv_length_bucket(self.length, self.capacity)
         graph = self._graphs.get(bucket)
@@ -184,8 +191,11 @@ class Decoder:
         else:
             memory = self._queue.memory_bytes()
             self._compute(bucket)
-            if self._queue.memory_bytes() != memory:
-                self._graphs.clear()  # a pool that ran short has given back what is free now, where graphs have arrays
+            # A pool that ran short has given back what is free now, where graphs have arrays. All ranks that run the model
+            # together drop theirs then: a capture may need the others, so that all must come to the same ones.
+            has_grown = self._queue.memory_bytes() != memory
+            if self._uses_graphs and self.model.is_so_anywhere(has_grown):
+                self._graphs.clear()
             if self._uses_graphs:
                 self._graphs[bucket] = self._queue.captured(lambda: self._compute(bucket))
         self.length += 1
@@ -212,13 +222,36 @@ def _stacked(xp: Any, arrays: list[Any]) -> Any:
 
 
 def _checked_seed(seed: Any) -> int:
-    if seed is None:
-        return secrets.randbelow(MAX_SEED + 1)
     if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)):
         raise TypeError(f"seed must be a whole number, got {type(seed).__name__}")
     if not 0 <= seed <= MAX_SEED:
         raise ValueError(f"seed must be from 0 to {MAX_SEED}, got {seed}")
     return int(seed)
+
+
+class _Collecting:
+    """Whether Python may collect garbage: not while any thread captures."""
+
+    lock = threading.Lock()
+    captures = 0
+    was_enabled = False
+
+
+@contextlib.contextmanager
+def _without_collecting() -> Iterator[None]:
+    """What is collected may give memory back to the driver, which a capture would not survive."""
+    with _Collecting.lock:
+        if _Collecting.captures == 0:
+            _Collecting.was_enabled = gc.isenabled()
+            gc.disable()
+        _Collecting.captures += 1
+    try:
+        yield
+    finally:
+        with _Collecting.lock:
+            _Collecting.captures -= 1
+            if _Collecting.captures == 0 and _Collecting.was_enabled:
+                gc.enable()
 
 
 # --- where steps run --------------------------------------------------------------------------------------------------
@@ -278,18 +311,14 @@ class _OwnStream:
 
     def captured(self, compute: Callable[[], None]) -> Any:
         """The launches of compute() as a graph; nothing runs."""
-        collects = gc.isenabled()
-        gc.disable()  # what is collected may give memory back to the driver, which a capture would not survive
-        self.stream.begin_capture()
-        try:
-            compute()
-        except BaseException:
-            with contextlib.suppress(Exception):
-                self.stream.end_capture()
-            raise
-        finally:
-            if collects:
-                gc.enable()
+        with _without_collecting():
+            self.stream.begin_capture()
+            try:
+                compute()
+            except BaseException:
+                with contextlib.suppress(Exception):
+                    self.stream.end_capture()
+                raise
         return self.stream.end_capture()
 
     def landing(self, batch: int) -> "_PinnedLanding":

@@ -8,7 +8,7 @@ the weights are on their way (`upload`).
 import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,20 +63,26 @@ def load_model(
 @contextlib.contextmanager
 def open_blueprint(
     path: str | os.PathLike[str], backend: str = "auto", *, dtype: Any = None, max_seq_len: int | None = None
-) -> Iterator["_Blueprint"]:
+) -> Iterator["Blueprint"]:
     """What `load_model` loads all of, for those who want a part at a time; its files are open within this context."""
     xp = _choose_backend(backend)
-    activations = _choose_dtype(dtype, xp)
-    config = ModelConfig.from_file(Path(path))
-    if max_seq_len is not None:
-        if isinstance(max_seq_len, bool) or not isinstance(max_seq_len, int):
-            raise TypeError(f"max_seq_len must be a whole number, got {type(max_seq_len).__name__}")
-        if not 1 <= max_seq_len <= config.max_position_embeddings:
-            most = config.max_position_embeddings
-            raise ValueError(f"max_seq_len must be from 1 to {most}, as {config.path} says, got {max_seq_len}")
-        config = dataclasses.replace(config, max_seq_len=max_seq_len)
+    activations = choose_dtype(dtype, xp)
+    config = read_config(path, max_seq_len)
     with Checkpoint(path) as checkpoint:
-        yield _Blueprint(config, checkpoint, xp, activations)
+        yield Blueprint(Plan(config, checkpoint, xp, activations))
+
+
+def read_config(path: str | os.PathLike[str], max_seq_len: int | None) -> ModelConfig:
+    """The configuration of a folder, for contexts of up to max_seq_len."""
+    config = ModelConfig.from_file(Path(path))
+    if max_seq_len is None:
+        return config
+    if isinstance(max_seq_len, bool) or not isinstance(max_seq_len, int):
+        raise TypeError(f"max_seq_len must be a whole number, got {type(max_seq_len).__name__}")
+    if not 1 <= max_seq_len <= config.max_position_embeddings:
+        most = config.max_position_embeddings
+        raise ValueError(f"max_seq_len must be from 1 to {most}, as {config.path} says, got {max_seq_len}")
+    return dataclasses.replace(config, max_seq_len=max_seq_len)
 
 
 def _choose_backend(backend: str) -> Any:
@@ -92,7 +98,8 @@ def _choose_backend(backend: str) -> Any:
     return cupy
 
 
-def _choose_dtype(dtype: Any, xp: Any) -> np.dtype:
+def choose_dtype(dtype: Any, xp: Any) -> np.dtype:
+    """Of activations, from what `load_model` takes as dtype."""
     allowed = (float32, float16, bfloat16) if xp is np else (float16, bfloat16)
     if dtype is None:
         return allowed[0]
@@ -110,7 +117,7 @@ def _choose_dtype(dtype: Any, xp: Any) -> np.dtype:
 
 
 @dataclass
-class _Part:
+class Part:
     """Tensors that become one object: planned first, so that every name and shape is checked before a byte is read."""
 
     key: str
@@ -127,14 +134,14 @@ class _Part:
 class _LayerPlan:
     """The parts of a layer, and what makes the layer of their values, to be the index-th one of a model."""
 
-    attention: Sequence[_Part]
-    mlp: Sequence[_Part]
-    norms: Sequence[_Part]
+    attention: Sequence[Part]
+    mlp: Sequence[Part]
+    norms: Sequence[Part]
     finish: Callable[[int], DecoderLayer]
     window: int | None
 
     @property
-    def parts(self) -> list[_Part]:
+    def parts(self) -> list[Part]:
         return [*self.attention, *self.mlp, *self.norms]
 
     @property
@@ -144,19 +151,30 @@ class _LayerPlan:
         return {("attention", self.window, attention), ("mlp", mlp)}
 
 
-class _Plan:
-    """Looks up what a model needs in a checkpoint and remembers it as parts, in the order they are used."""
+class Plan:
+    """Looks up what a model needs in a checkpoint and remembers it as parts, in the order they are used.
+
+    Who keeps less than all of it overrides `held` and `read`.
+    """
 
     def __init__(self, config: ModelConfig, checkpoint: Checkpoint, xp: Any, activations: np.dtype):
         self.config, self.checkpoint, self.xp = config, checkpoint, xp
         self.weight_dtype = activations
-        self.parts: list[_Part] = []
+        self.parts: list[Part] = []
         self.used: set[str] = set()
 
-    def _add(self, key: str, tensors: Mapping[str, Wanted], build: Callable[[dict[str, Any]], Any], parameters: int) -> _Part:
+    def held(self, key: str, k: int, n: int) -> tuple[int, int]:
+        """Inputs and outputs of what is kept of a linear layer."""
+        return k, n
+
+    def read(self, parts: Iterable["Part"]) -> Generator[tuple["Part", dict[str, Any]], None, None]:
+        """Each part and the tensors to build it of."""
+        return upload.read(self.checkpoint, parts, self.xp)
+
+    def _add(self, key: str, tensors: Mapping[str, Wanted], build: Callable[[dict[str, Any]], Any], parameters: int) -> "Part":
         self.used.update(wanted.name for wanted in tensors.values())
         nbytes = self.checkpoint.total_bytes(wanted.name for wanted in tensors.values())
-        self.parts.append(_Part(key, tensors, build, nbytes, parameters, self._kind_of(tensors)))
+        self.parts.append(Part(key, tensors, build, nbytes, parameters, self._kind_of(tensors)))
         return self.parts[-1]
 
     def _kind_of(self, tensors: Mapping[str, Wanted]) -> Hashable:
@@ -186,12 +204,12 @@ class _Plan:
     def refuse(self, name: str, what: str) -> None:
         raise FormatError(f"{self.checkpoint.file(name).path}: tensor {name!r}: {what}")
 
-    def array(self, name: str, *shape: int) -> _Part:
+    def array(self, name: str, *shape: int) -> Part:
         """An unquantized tensor, such as the embedding."""
         self._require(name, shape)
         return self._add(name, {"weight": Wanted(name, self.weight_dtype)}, lambda t: t["weight"], int(np.prod(shape)))
 
-    def norm_weight(self, key: str, size: int) -> _Part:
+    def norm_weight(self, key: str, size: int) -> Part:
         """A norm's weight, float32, with the architecture's offset added."""
         name, offset = f"{key}.weight", self.config.architecture.norm_weight_offset
         self._require(name, (size,))
@@ -202,7 +220,7 @@ class _Plan:
 
         return self._add(key, {"weight": Wanted(name, float32, on_host=True)}, build, size)
 
-    def linear(self, key: str, k: int, n: int, has_bias: bool = False, is_padded: bool = False) -> _Part:
+    def linear(self, key: str, k: int, n: int, has_bias: bool = False, is_padded: bool = False) -> Part:
         """EXL2, GPTQ or unquantized, whichever tensors there are. `is_padded`: N may be rounded up to 32 (lm_head)."""
         bias = self._bias(key, n, has_bias)
         parameters = k * n + n * has_bias
@@ -232,10 +250,11 @@ class _Plan:
                 matrix = QMatrix.from_tensors(tensors, bias=bias, name=key, **self._gptq_options(names[0]))
             except FormatError as error:
                 raise FormatError(f"{file}: {error}") from None
-            widest = -(-n // 32) * 32 if is_padded else n
-            if matrix.k != k or not n <= matrix.n <= widest:
+            held_k, held_n = self.held(key, k, n)
+            widest = -(-held_n // 32) * 32 if is_padded else held_n
+            if matrix.k != held_k or not held_n <= matrix.n <= widest:
                 raise FormatError(
-                    f"{file}: tensor '{key}.{names[0]}': a matrix of {matrix.k} x {matrix.n}, expected {k} x {n}, as "
+                    f"{file}: tensor '{key}.{names[0]}': a matrix of {matrix.k} x {matrix.n}, expected {held_k} x {held_n}, as "
                     f"{self.config.path.name} says"
                 )
             return Linear(matrix, name=key)
@@ -274,12 +293,13 @@ class _Plan:
 # --- from parts to a model --------------------------------------------------------------------------------------------
 
 
-class _Blueprint:
-    """A model whose every name and shape is known to fit, and whose weights may be loaded."""
+class Blueprint:
+    """A model whose every name and shape is known to fit, and whose weights may be loaded. `plan`: one without parts yet."""
 
-    def __init__(self, config: ModelConfig, checkpoint: Checkpoint, xp: Any, activations: np.dtype):
-        self.config, self.checkpoint, self.xp, self.activations = config, checkpoint, xp, activations
-        plan = self.plan = _Plan(config, checkpoint, xp, activations)
+    def __init__(self, plan: Plan):
+        self.plan = plan
+        config, checkpoint, xp = plan.config, plan.checkpoint, plan.xp
+        self.config, self.checkpoint, self.xp, self.activations = config, checkpoint, xp, plan.weight_dtype
         hidden, vocab = config.hidden_size, config.vocab_size
         self.embedding = plan.array("model.embed_tokens.weight", vocab, hidden)
         self.layers = [_plan_layer(plan, config, layer) for layer in range(config.num_hidden_layers)]
@@ -292,17 +312,17 @@ class _Blueprint:
         plan.refuse_leftovers()
         self.sin, self.cos = _rope_tables(config, xp)
 
-    def load(self, parts: Sequence[_Part] | None = None) -> None:
+    def load(self, parts: Sequence[Part] | None = None) -> None:
         """Give every part its value, or those given, without a progress bar.
 
         None keeps one after an error, whose traceback may live for long.
         """
-        arriving: Iterable[_Part] = parts or ()
+        arriving: Iterable[Part] = parts or ()
         if parts is None:
             parts = self.plan.parts
             arriving = progress(parts, sum(part.nbytes for part in parts), "loading")
         try:
-            with contextlib.closing(upload.read(self.checkpoint, arriving, self.xp)) as arrived:
+            with contextlib.closing(self.plan.read(arriving)) as arrived:
                 for part, tensors in arrived:
                     part.value = part.build(tensors)
                     del tensors  # a repacked matrix no longer needs what it was made from
@@ -310,12 +330,12 @@ class _Blueprint:
             _drop_values(parts)
             raise
 
-    def model(self, layers: Sequence[_LayerPlan] | None = None) -> Model:
-        """The Model of the parts' values, with all layers or those given."""
+    def model(self, layers: Sequence[_LayerPlan] | None = None, make: Callable[..., Model] = Model) -> Model:
+        """The Model of the parts' values, with all layers or those given. make: what is called with what `Model` takes."""
         stored = self.checkpoint.info(self.embedding.key).dtype
         embedding = self.embedding.value
         chosen = self.layers if layers is None else layers
-        return Model(
+        return make(
             config=self.config,
             xp=self.xp,
             dtype=self.activations,
@@ -343,7 +363,7 @@ class _Blueprint:
             return self.model([])
 
     @contextlib.contextmanager
-    def _loaded(self, parts: Sequence[_Part]) -> Iterator[None]:
+    def _loaded(self, parts: Sequence[Part]) -> Iterator[None]:
         """A context in which these parts have their values."""
         self.load(parts)
         try:
@@ -377,7 +397,7 @@ def _one_of_each_kind(layers: Sequence[_LayerPlan]) -> list[_LayerPlan]:
     return chosen
 
 
-def _drop_values(parts: Sequence[_Part]) -> None:
+def _drop_values(parts: Sequence[Part]) -> None:
     for part in parts:
         part.value = None
 
@@ -398,7 +418,7 @@ def _rope_tables(config: ModelConfig, xp: Any) -> tuple[Any, Any]:
         raise type(error)(f"{config.path}: {error}") from None
 
 
-def _plan_layer(plan: _Plan, config: ModelConfig, layer: int) -> _LayerPlan:
+def _plan_layer(plan: Plan, config: ModelConfig, layer: int) -> _LayerPlan:
     row, key, first = config.architecture, f"model.layers.{layer}", len(plan.parts)
     attention = _plan_attention(plan, config, layer, f"{key}.{row.attention}")
     middle = len(plan.parts)
@@ -420,7 +440,7 @@ def _plan_layer(plan: _Plan, config: ModelConfig, layer: int) -> _LayerPlan:
     return _LayerPlan(attention_parts, mlp_parts, plan.parts[end:], finish, config.windows[layer])
 
 
-def _plan_attention(plan: _Plan, config: ModelConfig, layer: int, key: str) -> Callable[[int], Attention]:
+def _plan_attention(plan: Plan, config: ModelConfig, layer: int, key: str) -> Callable[[int], Attention]:
     hidden, head_dim = config.hidden_size, config.head_dim
     width, kv_width = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
     q = plan.linear(f"{key}.q_proj", hidden, width, config.has_qkv_bias)
@@ -450,7 +470,7 @@ def _plan_attention(plan: _Plan, config: ModelConfig, layer: int, key: str) -> C
     return finish
 
 
-def _plan_mlp(plan: _Plan, config: ModelConfig, key: str) -> Callable[[], MLP]:
+def _plan_mlp(plan: Plan, config: ModelConfig, key: str) -> Callable[[], MLP]:
     row, hidden, inner = config.architecture, config.hidden_size, config.intermediate_size
     gate = plan.linear(f"{key}.{row.gate}", hidden, inner, config.has_mlp_bias)
     up = plan.linear(f"{key}.{row.up}", hidden, inner, config.has_mlp_bias)
@@ -458,7 +478,7 @@ def _plan_mlp(plan: _Plan, config: ModelConfig, key: str) -> Callable[[], MLP]:
     return lambda: MLP(gate.value, up.value, down.value, config.activation)
 
 
-def _plan_experts(plan: _Plan, config: ModelConfig, key: str) -> Callable[[], MoE]:
+def _plan_experts(plan: Plan, config: ModelConfig, key: str) -> Callable[[], MoE]:
     row = config.architecture
     router = plan.linear(f"{key}.{row.router}", config.hidden_size, config.num_experts)
     experts = [_plan_mlp(plan, config, f"{key}.{row.experts}.{expert}") for expert in range(config.num_experts)]

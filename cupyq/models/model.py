@@ -2,6 +2,7 @@
 
 import functools
 import os
+import secrets
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -10,11 +11,11 @@ import numpy as np
 from cupyq._arrays import float32, is_cupy
 from cupyq.layers import DecoderLayer, KVCache, Linear, PagedKVCache, RMSNorm, Step
 from cupyq.layers.cache import check_cache_kind
-from cupyq.layers.lora import Selection
+from cupyq.layers.lora import LowRank, Selection
 from cupyq.models.adapters import AdapterTable
 from cupyq.models.config import ModelConfig
 from cupyq.models.decoder import Decoder
-from cupyq.models.sampler import SamplerSettings
+from cupyq.models.sampler import MAX_SEED, SamplerSettings
 from cupyq.models.warmup import compile_kernels
 from cupyq.ops.activation import softcap
 from cupyq.ops.attention import attention_workspace_size
@@ -60,7 +61,9 @@ class Model:
         self.sin, self.cos = sin, cos
         self.parameters = parameters
         """Weights of the whole model; tied ones count once."""
-        self._adapters = AdapterTable(xp, dtype)
+        self.kv_heads = config.num_key_value_heads
+        """Of its attention and its caches."""
+        self._adapters = AdapterTable(xp)
         self._compiled_caches = {"fp16"}  # kinds whose kernels are compiled; `load_model` sees to the first
         self._embedding_scale = config.hidden_size**0.5 if config.architecture.scales_embedding else 1.0
 
@@ -106,8 +109,7 @@ class Model:
         adapter takes effect where `forward` is told so. FormatError names file and tensor or key, UnsupportedError what
         of PEFT cupyq does not do; ValueError for a name that is taken. Where an error is raised, nothing has changed.
         """
-        linears = self._linears_by_projection()
-        name = self._adapters.load(folder, name, scaling, linears, {"lm_head": self.config.vocab_size})
+        name = self._adapters.load(folder, name, scaling, self._linears_by_projection(), self._arrays_of)
         if self.xp is not np:
             try:
                 compile_kernels(self, name)
@@ -123,6 +125,11 @@ class Model:
     def select_adapters(self, adapters: Any, batch: int) -> Selection | None:
         """What `forward` takes as `adapters`, looked up; the same object as long as nothing is loaded or unloaded."""
         return self._adapters.select(adapters, batch)
+
+    def _arrays_of(self, projection: str, linear: Linear, pair: LowRank) -> tuple[np.ndarray, np.ndarray]:
+        """An adapter's a [K, rank] and b [rank, N] for a Linear, after the check that they are for such a one."""
+        pair.check(linear.k, self.config.vocab_size if projection == "lm_head" else linear.n)
+        return pair.arrays(self.dtype, linear.n)
 
     def _linears_by_projection(self) -> dict[str, Linear]:
         routers = [layer.mlp.router for layer in self.layers if hasattr(layer.mlp, "router")]
@@ -161,7 +168,7 @@ class Model:
     def _cache_options(self, kind: str) -> dict[str, Any]:
         return {
             "layers": len(self.layers),
-            "kv_heads": self.config.num_key_value_heads,
+            "kv_heads": self.kv_heads,
             "head_dim": self.config.head_dim,
             "dtype": self.dtype,
             "kind": kind,
@@ -296,12 +303,29 @@ class Model:
             hidden = self.xp.ascontiguousarray(hidden[:, -1:])
         norm = self.norm.of_product(self.dtype)
         x = self.norm(hidden, self.dtype) if norm is None else hidden
-        logits = self.head(x, dtype=float32, adapters=step.adapters, before=norm, workspace=step.workspace)
+        logits = self._joined(self.head(x, dtype=float32, adapters=step.adapters, before=norm, workspace=step.workspace))
         if logits.shape[-1] != self.config.vocab_size:  # quantizers pad the head to a multiple of 32 columns
             logits = self.xp.ascontiguousarray(logits[..., : self.config.vocab_size])
         if self.config.logit_softcap is not None:
             logits = softcap(logits, self.config.logit_softcap, out=logits)
         return logits
+
+    # --- what a model of which others hold parts does in another way ---
+
+    def _joined(self, logits: Any) -> Any:
+        """All columns of logits, of which this model's head made its part."""
+        return logits
+
+    def new_seed(self) -> int:
+        """A seed that nobody chose, the same for all who run this model together."""
+        return secrets.randbelow(MAX_SEED + 1)
+
+    def is_so_anywhere(self, is_so: bool) -> bool:
+        """Whether `is_so` holds for any of those who run this model together."""
+        return is_so
+
+    def check(self) -> None:
+        """BackendError where one of those who run this model together has failed."""
 
     # --- checks at the edge ---
 
@@ -335,7 +359,7 @@ class Model:
         """TypeError / ValueError unless `cache` is one for this model and a batch of so many rows."""
         if not isinstance(cache, (KVCache, PagedKVCache)):
             raise TypeError(f"cache must be a KVCache, as model.new_cache() makes, got {type(cache).__name__}")
-        wanted = (len(self.layers), self.config.num_key_value_heads, self.config.head_dim)
+        wanted = (len(self.layers), self.kv_heads, self.config.head_dim)
         found = (cache.layers, cache.kv_heads, cache.head_dim)
         if found != wanted or cache.xp is not self.xp or cache.dtype != self.dtype:
             raise ValueError(

@@ -87,8 +87,13 @@ def _view(checkpoint: Checkpoint, wanted: Wanted) -> np.ndarray:
     source = checkpoint.array(wanted.name)
     if wanted.dtype is None or wanted.dtype == source.dtype:
         return source
-    target = np.empty(source.shape, wanted.dtype)
-    _convert(checkpoint, wanted.name, source.reshape(-1), target.reshape(-1))
+    return converted(checkpoint, wanted.name, source, wanted.dtype)
+
+
+def converted(checkpoint: Checkpoint, name: str, source: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """A new array of `dtype` with the values of a tensor, or of a C-contiguous part of it."""
+    target = np.empty(source.shape, dtype)
+    _convert(checkpoint, name, source.reshape(-1), target.reshape(-1))
     return target
 
 

@@ -56,9 +56,10 @@ class QMatrix:
         """The matrix of one layer's checkpoint tensors, EXL2 or GPTQ, told apart by their names.
 
         tensors: dict with q_weight, q_scale, q_scale_max, q_groups and optionally q_invperm or q_perm (EXL2), or qweight,
-        qzeros, scales and optionally g_idx (GPTQ); either may hold `bias`. NumPy arrays give a NumPy matrix. CuPy arrays
-        give one on their GPU, repacked there; the small tables (q_groups, q_invperm, q_perm, g_idx, q_scale_max) may stay
-        NumPy. Arrays of other frameworks come in by DLPack. The caller's arrays are never altered, nor kept on a GPU.
+        qzeros, scales and optionally g_idx (GPTQ); either may hold `bias`, and row_input, as `tp.split` makes it. NumPy arrays
+        give a NumPy matrix. CuPy arrays give one on their GPU, repacked there; the small tables (q_groups, q_invperm, q_perm,
+        row_input, g_idx, q_scale_max) may stay NumPy. Arrays of other frameworks come in by DLPack. The caller's arrays are
+        never altered, nor kept on a GPU.
         prescale multiplies EXL2 scales; bias overrides `tensors["bias"]`; group_size, bits and zeros ("v1": stored is
         zero - 1, "v2": stored is zero, "v1-wrapped": v1 modulo 2**bits) are for GPTQ, and inferred where the tensors tell.
         `name` appears in errors. Raises FormatError naming the tensor that does not fit.
@@ -126,7 +127,7 @@ class QMatrix:
         return self._dequantize().astype(np.float32)
 
 
-_SMALL_TABLES = ("q_groups", "q_invperm", "q_perm", "g_idx", "q_scale_max")
+_SMALL_TABLES = ("q_groups", "q_invperm", "q_perm", "row_input", "g_idx", "q_scale_max")
 
 
 def _placed(array, name):

@@ -1,0 +1,230 @@
+"""Sums over GPUs of one host by kernels that write each other's memory: which kernel, where what lies, the launches.
+
+`tp.peer` owns the memory and decides who takes part; `tp.Comm.all_reduce` is what callers use. The protocol, and why it is
+sound, stands in cu/all_reduce.cuh.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from cupyq._arrays import FLOATS, bfloat16, byte_bounds, float16, float32
+from cupyq._kernels import instance, launch
+from cupyq.ops._common import float64
+from cupyq.ops.norm import norm_warps, rms_norm_reference
+
+MOST_RANKS = 8
+
+PEER_TABLE = np.dtype(
+    [
+        ("mailboxes", np.uint64, MOST_RANKS),
+        ("host", np.uint64),
+        ("limit_ns", np.uint64),
+        ("letters", np.uint64),
+        ("pieces", np.uint64),
+        ("rank", np.int32),
+        ("capacity", np.int32),
+        ("blocks", np.int32),
+        ("reserved", np.int32),
+    ]
+)
+"""PeerTable of cu/all_reduce.cuh."""
+
+GAVE_UP_STOPPED, GAVE_UP_WAITING = 1 << 30, 1 << 29
+"""Bits of the word in which a kernel says why it gave up; the lowest MOST_RANKS are the ranks that it missed."""
+
+_FIRST_PART = 10240  # behind the header: failed, epochs[3][128], flags[2][128][8]
+_LETTER_BYTES = _PIECE_BYTES = 16
+_ONE_SHOT_BLOCKS, _ONE_SHOT_THREADS = 128, 256
+_NORM_ROWS, _NORM_UNITS = 16, 4096
+_TWO_SHOT_BLOCKS, _TWO_SHOT_THREADS = 64, 512
+_TWO_SHOT_ROUND_BYTES = 4 << 20
+
+
+@dataclass(frozen=True)
+class Mailbox:
+    """How the memory is laid out that each of `ranks` ranks keeps for the others: offsets and sizes in bytes."""
+
+    ranks: int
+
+    def __post_init__(self):
+        if not 2 <= self.ranks <= MOST_RANKS:
+            raise ValueError(f"ranks must lie in 2..{MOST_RANKS} to exchange by peer memory, got {self.ranks}")
+
+    @property
+    def one_shot_units(self):
+        """Units of 8 bytes that one block takes: whole turns of its threads, of all blocks about 2 MiB a rank and set."""
+        turns = (2 << 20) // (8 * self.ranks * _ONE_SHOT_BLOCKS * _ONE_SHOT_THREADS)
+        return max(1, turns) * _ONE_SHOT_THREADS
+
+    @property
+    def piece_units(self):
+        """Units of 16 bytes in the largest piece."""
+        return _TWO_SHOT_ROUND_BYTES // (_PIECE_BYTES * _TWO_SHOT_BLOCKS * self.ranks)
+
+    @property
+    def norm_at(self):
+        return _FIRST_PART + 2 * _ONE_SHOT_BLOCKS * self.ranks * self.one_shot_units * _LETTER_BYTES
+
+    @property
+    def pieces_at(self):
+        return self.norm_at + 2 * _NORM_ROWS * self.ranks * _NORM_UNITS * _LETTER_BYTES
+
+    @property
+    def size(self):
+        """In whole pages of 2 MiB: what CUDA IPC shares should hold nothing of others (CUDA programming guide, "IPC")."""
+        end = self.pieces_at + 2 * _TWO_SHOT_BLOCKS * self.ranks * self.piece_units * _PIECE_BYTES
+        return -(-end // (2 << 20)) * (2 << 20)
+
+    def tables(self, rank, mailboxes, host, limit_s):
+        """{kernel: its PEER_TABLE} for one rank. mailboxes: addresses as its GPU sees them; host: of its two words."""
+        parts = {
+            "one_shot": (_FIRST_PART, 0, self.one_shot_units, _ONE_SHOT_BLOCKS),
+            "norm": (self.norm_at, 0, _NORM_UNITS, _NORM_ROWS),
+            "two_shot": (0, self.pieces_at, self.piece_units, _TWO_SHOT_BLOCKS),
+        }
+        addresses = (*mailboxes, *[0] * (MOST_RANKS - self.ranks))
+        return {
+            name: np.array((addresses, host, int(limit_s * 1e9), letters, pieces, rank, units, blocks, 0), PEER_TABLE)[()]
+            for name, (letters, pieces, units, blocks) in parts.items()
+        }
+
+    def one_shot_bytes(self):
+        """The largest message of the one-shot kernel."""
+        return _ONE_SHOT_BLOCKS * self.one_shot_units * 8
+
+
+ONE_SHOT_BYTES = {2: 512 << 10, 3: 256 << 10, 4: 256 << 10, 5: 128 << 10, 6: 128 << 10, 7: 64 << 10, 8: 64 << 10}
+"""The largest message that goes in one shot, by ranks.
+
+One shot sends 2 (ranks - 1) times its bytes (half of a letter is its stamps), two shots 2 (ranks - 1) / ranks times; at 400
+GB/s the difference reaches the 3 us of a second way at 1.2 MB * ranks / (2 (ranks - 1)^2). Half of that, as a power of two."""
+
+TWO_SHOT_BYTES = 32 << 20
+"""The largest message that goes in two shots: beyond, NCCL's copies in flight outweigh its start."""
+
+
+def choose_way(size_bytes, ranks):
+    """ "one_shot", "two_shot", or None for NCCL: by what all ranks know, so that they agree."""
+    if not 2 <= ranks <= MOST_RANKS or not 0 < size_bytes <= TWO_SHOT_BYTES:
+        return None
+    return "one_shot" if size_bytes <= ONE_SHOT_BYTES[ranks] else "two_shot"
+
+
+@dataclass(frozen=True)
+class OneShotPlan:
+    """Grid of all_reduce_one_shot for n values."""
+
+    blocks: int
+    turns: int  # how many units each thread takes at most
+
+    @classmethod
+    def of(cls, n, itemsize, ranks):
+        units = -(-n * itemsize // 8)
+        mailbox = Mailbox(ranks)
+        if n < 1 or units > _ONE_SHOT_BLOCKS * mailbox.one_shot_units:
+            raise ValueError(f"array must have 1 to {mailbox.one_shot_bytes()} bytes for one shot, got {n * itemsize}")
+        blocks = min(_ONE_SHOT_BLOCKS, -(-units // _ONE_SHOT_THREADS))
+        return cls(blocks, -(-units // (blocks * _ONE_SHOT_THREADS)))
+
+
+@dataclass(frozen=True)
+class TwoShotPlan:
+    """Grid and pieces of all_reduce_two_shot for n values."""
+
+    blocks: int
+    piece: int  # units of 16 bytes that one block sends one rank in a round
+    rounds: int
+
+    @classmethod
+    def of(cls, n, itemsize, ranks):
+        if n < 1:
+            raise ValueError(f"array must have values to be summed in two shots, got {n}")
+        units = -(-n * itemsize // _PIECE_BYTES)
+        piece = -(-units // (_TWO_SHOT_BLOCKS * ranks))
+        piece = min(max(piece, 256), Mailbox(ranks).piece_units)
+        blocks = min(_TWO_SHOT_BLOCKS, -(-units // (ranks * piece)))
+        return cls(blocks, piece, -(-units // (blocks * ranks * piece)))
+
+
+def norm_vector(rows, dim, x, residual, weight, y):
+    """Values in an access of all_reduce_norm for these dtypes, or None where it does not take them.
+
+    That of rms_norm at aligned addresses, and of the two in turn the same bits: by shapes and dtypes alone, so that all
+    ranks agree.
+    """
+    vector = math.gcd(dim, 16 // max(np.dtype(dtype).itemsize for dtype in (residual, weight, y)))
+    itemsize = np.dtype(x).itemsize
+    if not 1 <= rows <= _NORM_ROWS or vector * itemsize % 8 or not 0 < dim * itemsize <= 8 * _NORM_UNITS:
+        return None
+    return vector
+
+
+def all_reduce_reference(parts):
+    """The sum of the ranks' arrays as the kernels define it: float32 in the order of the ranks, one rounding."""
+    total = parts[0].astype(float32)
+    with np.errstate(over="ignore", invalid="ignore"):  # infinities are results like others
+        for part in parts[1:]:
+            total = total + part.astype(float32)
+        return total.astype(parts[0].dtype)
+
+
+def all_reduce_norm_reference(parts, residual, weight, eps):
+    """(residual + the sum, in the residual's dtype; its rms_norm in float64)"""
+    with np.errstate(over="ignore", invalid="ignore"):
+        total = (residual.astype(float32) + all_reduce_reference(parts).astype(float32)).astype(residual.dtype)
+    return total, rms_norm_reference(total, float64(weight), eps)
+
+
+# What a kernel is launched with; `is_empty`: on no values, so that it is loaded before any GPU waits for another. CUDA may stop
+# everything while it loads.
+
+
+def launch_all_reduce(x, y, table, ranks, way, *, adds=False, is_empty=False):
+    """y = the sum over ranks of x, or y += it, by the kernel of `way`; table: that of `Mailbox.tables` for it."""
+    count = {"one_shot": 8, "two_shot": 16}[way] // x.itemsize
+    aligned = all(byte_bounds(array)[0] % (count * array.itemsize) == 0 for array in (x, y))
+    kernel = instance(f"all_reduce_{way}", x.dtype, y.dtype, ranks, aligned, adds)
+    n = np.int64(0 if is_empty else x.size)
+    if way == "one_shot":
+        plan = OneShotPlan.of(x.size, x.itemsize, ranks)
+        launch(kernel, (1 if is_empty else plan.blocks,), (_ONE_SHOT_THREADS,), (x, y, table, n))
+    else:
+        plan = TwoShotPlan.of(x.size, x.itemsize, ranks)
+        launch(kernel, (1 if is_empty else plan.blocks,), (_TWO_SHOT_THREADS,), (x, y, table, n, np.int32(plan.piece)))
+
+
+def launch_all_reduce_norm(x, residual, weight, y, table, ranks, eps, *, is_empty=False):
+    """residual += the sum over ranks of x, and y = rms_norm of it. ValueError for addresses that its accesses do not take."""
+    dim = weight.size
+    rows = x.size // dim
+    vector = norm_vector(rows, dim, x.dtype, residual.dtype, weight.dtype, y.dtype)
+    if vector is None:
+        raise ValueError(f"array must have 1 to {_NORM_ROWS} rows that fit a mailbox to be normed at once, got {x.shape}")
+    for name, array in {"array": x, "residual": residual, "weight": weight, "out": y}.items():
+        if byte_bounds(array)[0] % (vector * array.itemsize):
+            raise ValueError(f"{name} must start at a multiple of {vector * array.itemsize} bytes: pass an array of its own")
+    warps = norm_warps(dim)
+    kernel = instance("all_reduce_norm", x.dtype, residual.dtype, weight.dtype, y.dtype, vector, warps, ranks)
+    arguments = (x, residual, weight, y, table, np.int32(0 if is_empty else dim), np.float32(eps))
+    launch(kernel, (1 if is_empty else rows,), (32 * warps,), arguments)
+
+
+INSTANCES = [
+    *(instance(f"all_reduce_{way}", T, T, 2, True, False) for way in ("one_shot", "two_shot") for T in FLOATS),
+    *(
+        instance(f"all_reduce_{way}", float16, float16, ranks, True, False)
+        for way in ("one_shot", "two_shot")
+        for ranks in (4, 8)
+    ),
+    *(
+        instance(f"all_reduce_{way}", T, float32, 2, True, True)
+        for way in ("one_shot", "two_shot")
+        for T in (float16, bfloat16)
+    ),
+    *(instance(f"all_reduce_{way}", float32, float32, 8, False, True) for way in ("one_shot", "two_shot")),
+    *(instance("all_reduce_norm", T, float32, float32, T, 4, 16, ranks) for T in (float16, bfloat16) for ranks in (2, 4)),
+    instance("all_reduce_norm", float32, float32, float32, float32, 4, 8, 2),
+    instance("all_reduce_norm", float16, float16, float16, float16, 8, 16, 8),
+]

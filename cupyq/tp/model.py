@@ -1,0 +1,102 @@
+"""A rank's model: the ordinary one, of its part of the layers, with the logits of all ranks joined."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cupyq._kernels import is_tracing
+from cupyq.layers import Linear
+from cupyq.layers.lora import LowRank
+from cupyq.models import Model
+from cupyq.tp.comm import Comm
+from cupyq.tp.layers import NoHeads, SummedMoE
+from cupyq.tp.plan import TPPlan
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a rank has of a linear layer of k inputs and n outputs."""
+
+    k: int
+    n: int
+    columns: range | np.ndarray | None = None
+    """Its outputs; None: all."""
+    rows: range | np.ndarray | None = None
+    """Its inputs; None: all."""
+
+    @property
+    def is_empty(self) -> bool:
+        return any(part is not None and len(part) == 0 for part in (self.columns, self.rows))
+
+
+class RankModel(Model):
+    """What `tp.load_model` makes: a Model to call as any other, on every rank with the same arguments in the same order.
+
+    Logits and tokens are those of the whole model, and the same bits on all ranks; so are seeds that nobody chose. Caches hold
+    the KV heads of this rank, `kv_heads` of them. `linear_layers` and `bits_per_weight` tell of this rank's part, `config` and
+    `parameters` of the whole. An error on one rank ends the others' work: `with comm:` around all of it sees to that.
+    """
+
+    def __init__(self, *, comm: Comm, plan: TPPlan, shares: Mapping[str, Share], **parts: Any):
+        """shares: of every linear layer, by its key in the checkpoint. parts: what Model takes."""
+        super().__init__(**parts)
+        self.comm, self.plan = comm, plan
+        self.kv_heads = len(plan.kv_heads[comm.rank])
+        self._shares = shares
+        self._vocab_sizes = [len(part) for part in plan.vocab]
+        self._vocab_sizes[-1] += shares["lm_head"].n - self.config.vocab_size
+        self._absent = {
+            key.removeprefix("model."): Linear(self.xp.empty((0, 0), self.dtype), name=key)
+            for key, share in shares.items()
+            if share.is_empty
+        }
+        if self.head.weight is self.embedding:
+            mine = plan.vocab[comm.rank]
+            stored = self.head.stored_dtype
+            self.head = Linear(self.embedding[mine.start : mine.stop], None, self.head.name, stored)
+        for layer in self.layers:
+            if layer.attention.q is None:
+                layer.attention = NoHeads(comm)
+            if hasattr(layer.mlp, "router"):
+                layer.mlp = SummedMoE(layer.mlp, comm)
+
+    def _arrays_of(self, projection: str, linear: Linear, pair: LowRank) -> tuple[np.ndarray, np.ndarray]:
+        share = self._shares["lm_head" if projection == "lm_head" else f"model.{projection}"]
+        pair.check(share.k, self.config.vocab_size if projection == "lm_head" else share.n)
+        a, b = pair.arrays(self.dtype, share.n)
+        if share.columns is not None:
+            b = np.ascontiguousarray(b[:, np.asarray(share.columns, np.int64)])
+        if share.rows is not None:
+            a = np.ascontiguousarray(a[np.asarray(share.rows, np.int64)])
+        return a, b
+
+    def _linears_by_projection(self) -> dict[str, Linear]:
+        return super()._linears_by_projection() | self._absent
+
+    def _joined(self, logits: Any) -> Any:
+        if self.comm.ranks == 1:
+            return logits
+        if is_tracing():
+            return self.xp.empty((*logits.shape[:-1], sum(self._vocab_sizes)), logits.dtype)
+        return self.comm.all_gather(logits, axis=-1, sizes=self._vocab_sizes)
+
+    def new_seed(self) -> int:
+        seed = super().new_seed()
+        if is_tracing():
+            return seed
+        word = self.xp.asarray(np.array([seed], np.uint32).view(np.int32))
+        self.comm.broadcast(word)
+        return int(self._on_host(word).view(np.uint32)[0])
+
+    def is_so_anywhere(self, is_so: bool) -> bool:
+        found = self.comm.all_gather(self.xp.asarray(np.array([is_so], np.int32)))
+        return bool(self._on_host(found).any())
+
+    def _on_host(self, array: Any) -> np.ndarray:
+        self.comm.wait()
+        return array if isinstance(array, np.ndarray) else array.get()
+
+    def check(self) -> None:
+        self.comm.check()
