@@ -20,7 +20,7 @@ from kernel_checks import (
     unwritten,
 )
 
-from cupyq.ops.activation import gelu, gelu_mul, relu, relu_mul, silu, silu_mul, softcap
+from cupyq.ops.activation import clamp, gelu, gelu_mul, relu, relu_mul, silu, silu_mul, softcap
 
 
 def silu_of(x):
@@ -43,6 +43,10 @@ def cap_of(x):
     return 5 * math.tanh(x / 5)
 
 
+def clamp_of(x):
+    return -5.0 if x < -5 else 5.0 if x > 5 else x
+
+
 # name -> (op of x and up, gated?, the scalar function)
 OPS = {
     "silu": (lambda x, up, **o: silu(x, **o), False, silu_of),
@@ -54,6 +58,7 @@ OPS = {
     "gelu": (lambda x, up, **o: gelu(x, **o), False, gelu_tanh_of),
     "gelu none": (lambda x, up, **o: gelu(x, approximate="none", **o), False, gelu_erf_of),
     "softcap": (lambda x, up, **o: softcap(x, 5.0, **o), False, cap_of),
+    "clamp": (lambda x, up, **o: clamp(x, 5.0, **o), False, clamp_of),
 }
 
 
@@ -72,6 +77,8 @@ def in_float32(name, x, up):
         y = np.maximum(v, np.float32(0))
     elif name == "softcap":
         y = np.float32(5) * np.tanh(v / np.float32(5))
+    elif name == "clamp":
+        y = np.clip(v, -5, 5)
     elif name.endswith("none"):
         erf = np.array([math.erf(a) for a in (v * np.float32(math.sqrt(0.5))).ravel().tolist()], np.float32)
         y = np.float32(0.5) * v * (1 + erf.reshape(v.shape))
@@ -109,7 +116,7 @@ def test_inf_and_nan(library):
             y = host(op(x, ones)).astype(np.float64)
             assert np.isnan(y[2]), name
             assert y[3] == 0 and y[4] == 0 and np.signbit(y[4]) and not np.signbit(y[3]), name
-            if name == "softcap":
+            if name in ("softcap", "clamp"):
                 np.testing.assert_array_equal(y[[0, 1, 5, 6, 7]], [5, -5, 5, -5, -5])
             else:
                 assert y[0] == np.inf and y[1] == 0 and y[5] == float(host(x)[5]) and abs(y[6]) < 1e-30, name
@@ -137,6 +144,15 @@ def test_relu_is_exact(library):
         assert same_bits(host(relu_mul(move(library, x), move(library, ones))), expected)
 
 
+@on_both
+def test_clamp_is_exact(library):
+    for dtype in FLOATS:
+        x = random(3, 4099, dtype, 100.0)
+        x[:3] = [-0.0, 30.0, -30.0]
+        expected = np.array([min(max(v, -30.0), 30.0) for v in x.astype(np.float64).tolist()]).astype(dtype)
+        assert same_bits(host(clamp(move(library, x), 30.0)), expected)
+
+
 @pytest.mark.parametrize("dtype", [float16, float32], ids=lambda d: d.name)
 def test_bound_rejects_wrong_formulas(dtype):
     x, up = random(1, (9, 300), dtype, 2.0), random(2, (9, 300), dtype)
@@ -146,6 +162,7 @@ def test_bound_rejects_wrong_formulas(dtype):
         "silu": [in_float64("gelu", x, up), in_float64("silu_mul", x, up), in_float64("relu", x, up)],
         "relu": [x.astype(np.float64), np.abs(x.astype(np.float64)), in_float64("silu", x, up)],
         "relu_mul": [in_float64("relu_mul", a, b) for a, b in ((up, x), (x, np.roll(up, 1)))],
+        "clamp": [x.astype(np.float64), np.clip(x.astype(np.float64), -4.9, 4.9), np.minimum(x.astype(np.float64), 5)],
         "softcap": [x.astype(np.float64), 5.01 * np.tanh(x.astype(np.float64) / 5.01)],
     }
     if dtype == float32:  # the two forms differ by less than float16 can tell
@@ -220,6 +237,8 @@ REFUSED = {
     "cap 0": (ValueError, "cap must be a positive", lambda m: softcap(m(E8), 0.0)),
     "cap nan": (ValueError, "cap must be a positive", lambda m: softcap(m(E8), math.nan)),
     "cap inf": (ValueError, "cap must be a positive", lambda m: softcap(m(E8), math.inf)),
+    "bound 0": (ValueError, "bound must be a positive", lambda m: clamp(m(E8), 0.0)),
+    "bound inf": (ValueError, "bound must be a positive", lambda m: clamp(m(E8), math.inf)),
     "strides": (ValueError, "x must be C-contiguous", lambda m: softcap(m(E8).T, 1.0)),
     "overlap": (ValueError, "out overlaps x partly", lambda m: gelu_of_overlap(m(np.ones((3, 4), np.float16)))),
 }

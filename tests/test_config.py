@@ -303,7 +303,8 @@ def test_more_experts_per_token_than_experts(read):
     ("keys", "message"),
     [
         ({"hidden_act": "mish"}, "hidden_act: 'mish' is not supported"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling.type: 'dynamic' is not supported"),
+        ({"rope_scaling": {"type": "fixed", "factor": 2.0}}, "rope_scaling.type: 'fixed' is not supported"),
+        ({"rope_scaling": {"type": "mrope"}}, "rope_scaling.type: 'mrope' is not supported"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: 0.5 is not supported"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "rope_parameters.partial_rotary_factor: 0.5"),
         ({"head_dim": 12}, "head_dim is 12; .*multiples of 8 up to 256"),

@@ -15,8 +15,7 @@ from test_models import folder_of, loaded, on_gpu, variant
 from cupyq.errors import UnsupportedError
 from cupyq.generate import SamplerSettings, generate
 from cupyq.layers import CACHE_KINDS
-from cupyq.models import decoder as decoder_module
-from cupyq.models import load_model
+from cupyq.models import load_model, queues
 from cupyq.models import model as model_module
 
 MODELS = ["shakespeare", "shakespeare-exl2-4.0", "shakespeare-gptq-g32", "llama3-rope", "qwen2", "qwen3", "mixtral", "gemma2"]
@@ -50,7 +49,7 @@ def rows_of(decoder, prompts, steps):
 
 def test_nothing_is_collected_while_any_thread_captures():
     assert gc.isenabled()
-    first, second = decoder_module._without_collecting(), decoder_module._without_collecting()
+    first, second = queues.without_collecting(), queues.without_collecting()
     with first:
         second.__enter__()
         assert not gc.isenabled()
@@ -59,7 +58,7 @@ def test_nothing_is_collected_while_any_thread_captures():
     assert gc.isenabled()
     gc.disable()
     try:
-        with decoder_module._without_collecting():
+        with queues.without_collecting():
             pass
         assert not gc.isenabled()  # as it was
     finally:

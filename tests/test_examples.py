@@ -1,5 +1,7 @@
 """Every example runs, from another folder, and says what it promises."""
 
+import importlib
+import json
 import os
 import re
 import subprocess
@@ -12,11 +14,13 @@ from tp_checks import several_gpus  # noqa: F401
 EXAMPLES = ROOT / "examples"
 
 
-def run(name, folder, *arguments):
+def run(name, folder, *arguments, said=None):
+    """What the example prints; `said`: what is typed."""
     done = subprocess.run(
         [sys.executable, str(EXAMPLES / f"{name}.py"), *arguments],
         capture_output=True,
         text=True,
+        input=said,
         cwd=folder,
         env=os.environ | {"PYTHONPATH": str(ROOT), "CUPYQ_CACHE_DIR": os.environ.get("CUPYQ_CACHE_DIR", str(folder / "cache"))},
     )
@@ -30,9 +34,10 @@ def largest_error(text):
 
 def test_every_example_is_run_here():
     names = {path.stem for path in EXAMPLES.glob("*.py")}
-    ops = {"ops_numpy", "ops_torch", "ops_jax"}
-    others = {"torch_quant_linear", "inspect_checkpoint", "lora", "graph_decoder", "cache_kinds", "demo", "quantize_model"}
-    assert names == ops | others | {"tensor_parallel"}
+    ops = {"ops_numpy", "ops_torch", "ops_jax", "torch_ops", "torch_quant_linear"}
+    serving = {"chat", "batch_prompts", "http_server"}
+    models = {"lora", "graph_decoder", "cache_kinds", "logits", "quantize_model", "tensor_parallel"}
+    assert names == ops | serving | models | {"inspect_checkpoint", "demo"}
 
 
 def test_ops_numpy(tmp_path):
@@ -42,11 +47,18 @@ def test_ops_numpy(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "framework"), [("ops_torch", "PyTorch"), ("torch_quant_linear", "PyTorch"), ("ops_jax", "JAX")]
+    ("name", "framework"),
+    [
+        ("ops_torch", "PyTorch"),
+        ("torch_ops", "PyTorch"),
+        ("torch_quant_linear", "PyTorch"),
+        ("ops_jax", "JAX"),
+        ("http_server", "starlette or uvicorn"),
+    ],
 )
 def test_without_the_framework_a_line_says_so(name, framework, tmp_path):
     script = (
-        "import runpy, sys; sys.modules['torch'] = sys.modules['jax'] = None;"  # makes the imports fail
+        "import runpy, sys; sys.modules.update(dict.fromkeys(('torch', 'jax', 'uvicorn')));"  # makes the imports fail
         f"runpy.run_path({str(EXAMPLES / f'{name}.py')!r}, run_name='__main__')"
     )
     done = subprocess.run(
@@ -105,6 +117,63 @@ def test_tensor_parallel(tmp_path):
     check_tensor_parallel(run("tensor_parallel", tmp_path, "--backend", "numpy"))
 
 
+def test_logits(tmp_path):
+    text = run("logits", tmp_path, "--backend", "numpy", "--text", "ROMEO:\nO, my love")
+    assert re.search(r"^'\\n' +0\.9\d+   '\\n' 0\.9", text, re.MULTILINE)
+    assert 1 < float(re.search(r"tokens, perplexity (\S+)", text)[1]) < 100
+
+
+def test_chat(tmp_path):
+    arguments = ("--backend", "numpy", "--max-new-tokens", "5", "--seed", "1")
+    text = run("chat", tmp_path, *arguments, said="ROMEO:\nJULIET:\n\n")
+    assert text.count("[5 tokens") == 2 and text == run("chat", tmp_path, *arguments, said="ROMEO:\nJULIET:\n")
+
+
+def test_batch_prompts(tmp_path):
+    (tmp_path / "prompts.txt").write_text("ROMEO:\\n\nJULIET:\\nO\nROMEO:\\n\n")
+    arguments = ("prompts.txt", "--backend", "numpy", "--max-new-tokens", "4", "--greedy", "--out", "answers.jsonl")
+    assert run("batch_prompts", tmp_path, *arguments) == ""
+    answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert [answer["prompt"] for answer in answers] == ["ROMEO:\n", "JULIET:\nO", "ROMEO:\n"]
+    assert answers[0]["text"] == answers[2]["text"] and all(answer["tokens"] == 4 for answer in answers)
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_http_server(tmp_path, is_streamed, monkeypatch):
+    """Over HTTP where starlette and httpx are installed; where they are not, the line that says so is tested above."""
+    pytest.importorskip("uvicorn")
+    client = pytest.importorskip("starlette.testclient").TestClient
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    endpoint = importlib.import_module("http_server").Endpoint(
+        EXAMPLES / "models/shakespeare-exl2-4.0", backend="numpy", max_batch=4, cache_tokens=1024
+    )
+    with client(endpoint.app) as http:
+        asked = {"prompt": "ROMEO:\n", "max_tokens": 5, "seed": 3, "logprobs": 2, "stream": is_streamed}
+        answer = http.post("/v1/completions", json=asked)
+        assert answer.status_code == 200
+        if is_streamed:
+            lines = [line.removeprefix("data: ") for line in answer.text.split("\n\n") if line]
+            assert lines.pop() == "[DONE]"
+            choices = [json.loads(line)["choices"][0] for line in lines]
+            assert choices[-1]["finish_reason"] == "length" and "".join(choice["text"] for choice in choices)
+            return
+        found = answer.json()
+        assert found["usage"]["completion_tokens"] == 5 and found["choices"][0]["finish_reason"] == "length"
+        assert len(found["choices"][0]["logprobs"]["token_logprobs"]) == 5
+        assert http.post("/v1/completions", json=asked).json()["choices"] == found["choices"]
+        for wrong in (
+            {"prompt": ""},
+            {"prompt": "a", "max_tokens": -1},
+            {"prompt": [5000]},
+            {"prompt": "a", "max_tokens": 10**6},
+        ):
+            refused = http.post("/v1/completions", json=wrong)
+            assert refused.status_code == 400 and refused.json()["error"]["message"]
+        assert http.post("/v1/completions", content=b"{").status_code == 400
+        assert http.post("/v1/chat/completions", json={"messages": []}).status_code == 400  # no chat template
+        assert http.get("/v1/models").json()["data"][0]["id"] == "shakespeare-exl2-4.0"
+
+
 def perplexities(text):
     """{row name: perplexity} of the demo's table."""
     return {name: float(value) for name, value in re.findall(r"^(float16|EXL2) +[\d.]+ +([\d.]+)$", text, re.MULTILINE)}
@@ -121,6 +190,13 @@ def test_ops_torch_on_the_gpu(tmp_path):
     pytest.importorskip("torch")
     text = run("ops_torch", tmp_path)
     assert "torch (3, 256) torch.float16 on cuda:0" in text and largest_error(text) < 2e-3
+
+
+@pytest.mark.gpu
+def test_torch_ops_on_the_gpu(tmp_path):
+    pytest.importorskip("torch")
+    text = run("torch_ops", tmp_path)
+    assert "torch (2, 5, 256) torch.float16 on cuda:0" in text and largest_error(text) < 5e-3
 
 
 @pytest.mark.gpu
@@ -143,6 +219,17 @@ def test_cache_kinds_on_the_gpu(tmp_path):
 @pytest.mark.gpu
 def test_tensor_parallel_on_gpus(several_gpus, tmp_path):  # noqa: F811
     check_tensor_parallel(run("tensor_parallel", tmp_path))
+
+
+@pytest.mark.gpu
+def test_batch_prompts_on_the_gpu(tmp_path):
+    answers = [json.loads(line) for line in run("batch_prompts", tmp_path, "--max-new-tokens", "16").splitlines()]
+    assert len(answers) == 6 and all(answer["tokens"] <= 16 and answer["text"] for answer in answers)
+
+
+@pytest.mark.gpu
+def test_chat_on_the_gpu(tmp_path):
+    assert run("chat", tmp_path, "--max-new-tokens", "9", said="ROMEO:\n").count(" tokens, ") == 1
 
 
 @pytest.mark.gpu

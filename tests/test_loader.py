@@ -20,7 +20,7 @@ from cupyq import _kernels
 from cupyq.errors import BackendError, FormatError
 from cupyq.formats.exl2 import pack_exl2
 from cupyq.formats.safetensors import Checkpoint, SafetensorsFile
-from cupyq.models import load_model, loader, upload
+from cupyq.models import load_model, loader, parts, upload
 from cupyq.models.config import ModelConfig
 from cupyq.models.warmup import trace_kernels
 
@@ -138,15 +138,15 @@ def test_an_error_of_the_upload_comes_first(kind):
 def test_parts_keep_nothing_after_an_error(monkeypatch):
     """A traceback may live long, in a notebook for one: it must not hold half a model."""
     plans = []
-    monkeypatch.setattr(loader.Plan, "refuse_leftovers", lambda plan: plans.append(plan))
-    real = loader.QMatrix.from_tensors
+    monkeypatch.setattr(parts.Plan, "refuse_leftovers", lambda plan: plans.append(plan))
+    real = parts.QMatrix.from_tensors
 
     def failing(tensors, **options):
         if options["name"].startswith("model.layers.1."):
             raise KeyboardInterrupt
         return real(tensors, **options)
 
-    monkeypatch.setattr(loader.QMatrix, "from_tensors", failing)
+    monkeypatch.setattr(parts.QMatrix, "from_tensors", failing)
     with pytest.raises(KeyboardInterrupt):
         load_model(EXL2, "numpy")
     assert len(plans[0].parts) > 20 and all(part.value is None for part in plans[0].parts)

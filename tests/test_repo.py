@@ -60,6 +60,7 @@ LAYERS = {
     "tp": 5,
     "generate": 6,
     "quantize": 6,
+    "serve": 7,
     "doctor": 7,
     "bench": 7,
     "ext": 7,

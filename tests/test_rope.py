@@ -316,6 +316,16 @@ def test_llama3():
     assert len(kinds) == 3
 
 
+def test_dynamic():
+    """Beyond the usual length theta grows with the length of the tables: all of them turn alike."""
+    scaling = {"rope_type": "dynamic", "factor": 3.0, "max_position_embeddings": 16}
+    for length, theta in ((16, 100.0), (17, 100 * (3 * 17 / 16 - 2) ** (8 / 6)), (40, 100 * (3 * 40 / 16 - 2) ** (8 / 6))):
+        angles, size = angles_of(rope_tables(8, length, theta=100.0, scaling=scaling))
+        np.testing.assert_allclose(angles, [theta ** (-pair / 4) for pair in range(4)], rtol=1e-6)
+        np.testing.assert_allclose(size, 1, rtol=1e-6)
+    assert same_bits(rope_tables(2, 40, scaling=scaling)[0], rope_tables(2, 40)[0])
+
+
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
 
 
@@ -375,7 +385,9 @@ def test_longrope(kind):
 
 
 def test_table_refusals():
-    with pytest.raises(UnsupportedError, match="'dynamic' is not supported: known are default, linear, llama3, yarn"):
+    with pytest.raises(UnsupportedError, match="'fixed' is not supported: known are default, linear, dynamic, llama3, yarn"):
+        rope_tables(8, 4, scaling={"type": "fixed", "factor": 2.0})
+    with pytest.raises(FormatError, match="'max_position_embeddings' must be a positive number for rope_type 'dynamic'"):
         rope_tables(8, 4, scaling={"type": "dynamic", "factor": 2.0})
     with pytest.raises(FormatError, match="'factor' must be a positive number for rope_type 'linear', got None"):
         rope_tables(8, 4, scaling={"rope_type": "linear"})

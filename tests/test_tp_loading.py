@@ -2,16 +2,22 @@
 
 import numpy as np
 import pytest
+from architecture_cases import CASES, EXPERTS, IDS, LENGTHS, SEQ, write
+from random_layers import random_gptq
+from safetensors.numpy import load_file
+from test_architectures import goldens, is_exact, relative, rewritten
 from test_models import ARCH, EXAMPLES, folder_of, loaded, variant
 from tp_checks import in_threads
 
 from cupyq import tp
 from cupyq.errors import BackendError, FormatError
 from cupyq.formats.safetensors import Checkpoint, SafetensorsFile
+from cupyq.models import load_model
 from cupyq.tp.layers import SummedLinear
 from cupyq.tp.local import LocalComm, SoloComm
 
 LLAMA = ARCH / "llama3-rope"
+FLOAT32 = 2e-6  # as tests/test_tp_model.py has it
 
 
 def on_ranks(ranks, load, **options):
@@ -76,6 +82,62 @@ def test_options_are_those_of_load_model():
         tp.load_model(LLAMA, SoloComm(), max_seq_len=0)
     with pytest.raises(ValueError, match="dtype must be one of"):
         tp.load_model(LLAMA, SoloComm(), dtype="int8")
+
+
+# --- every architecture -----------------------------------------------------------------------------------------------
+
+
+def written(folder, name, monkeypatch):
+    """The model's folder; of experts wide enough for three ranks."""
+    keys, shapes = CASES[name]
+    if name.startswith(("qwen3-moe", "dbrx")):
+        keys = keys | ({"ffn_config": keys["ffn_config"] | {"ffn_hidden_size": 96}} if name == "dbrx" else {})
+        keys = keys | ({"moe_intermediate_size": 64} if name != "dbrx" else {})
+        wide = {32: 64, 32 * EXPERTS: 96 * EXPERTS}
+        shapes = {
+            key: tuple(wide.get(size, size) for size in shape) if ".experts." in key else shape for key, shape in shapes.items()
+        }
+        monkeypatch.setitem(CASES, name, (keys, shapes))
+    return write(folder, name)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_architecture(tmp_path, monkeypatch, name):
+    """Norms of other kinds, biases, parallel parts, fused and transposed tensors, other names, several windows, ..."""
+    folder, ranks = written(tmp_path, name, monkeypatch), 2 if name.startswith("qwen3-moe") else 3
+    options = {"max_seq_len": LENGTHS.get(name)}
+
+    def work(model):
+        cache = model.new_cache(capacity=SEQ)
+        parts = [model.forward(IDS[:, :7], cache)] + [model.forward(IDS[:, i : i + 1], cache) for i in range(7, SEQ)]
+        return model.forward(IDS), np.concatenate(parts, axis=1), model.parameters
+
+    expected = work(load_model(folder, "numpy", **options))
+    for found in tp.run(lambda comm: work(tp.load_model(folder, comm, **options)), ranks, backend="numpy"):
+        assert relative(found[0], expected[0]) <= FLOAT32 and relative(found[1], expected[1]) <= FLOAT32
+        assert found[2] == expected[2]
+    if name in goldens() and not name.startswith(("qwen3-moe", "dbrx")):
+        assert is_exact(found[0][0], goldens()[name])
+
+
+@pytest.mark.parametrize("is_act_order", [False, True])
+def test_fused_gptq(tmp_path, is_act_order):
+    """Columns of a matrix in one with others; those of gate and up in the order that the down projection stores."""
+    rng = np.random.default_rng(6)
+    folder = write(tmp_path / "plain", "phi3")
+    tensors = {key: value for key, value in load_file(folder / "model.safetensors").items() if "_proj." not in key}
+    widths = {"self_attn.qkv_proj": (64, 128), "self_attn.o_proj": (64, 64), "mlp.gate_up_proj": (64, 192)}
+    for layer in range(2):
+        for name, (k, n) in (widths | {"mlp.down_proj": (96, 64)}).items():
+            parts = random_gptq(rng, 4, k=k, n=n, groups=k // 32)
+            if is_act_order:
+                parts["g_idx"] = rng.permutation(parts["g_idx"])
+            tensors |= {f"model.layers.{layer}.{name}.{short}": array for short, array in parts.items()}
+    config = {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": is_act_order}}
+    folder = rewritten(tmp_path, "phi3", tensors, **config)
+    expected = load_model(folder, "numpy").forward(IDS)
+    for found in tp.run(lambda comm: tp.load_model(folder, comm).forward(IDS), 2, backend="numpy"):
+        assert relative(found, expected) <= FLOAT32
 
 
 # --- ranks that differ ------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
+from cupyq import tp
 from cupyq.models.config import ModelConfig
 from cupyq.tp import plan as plan_module
 from cupyq.tp.plan import TPPlan, shares
@@ -23,6 +24,7 @@ class Sizes:
     head_dim: int = 128
     intermediate_size: int = 14336
     vocab_size: int = 128256
+    expert_size: int = 0
 
 
 def spans(ranges):
@@ -175,7 +177,8 @@ def test_the_example_of_shares():
 
 
 def test_rules_need_neither_a_gpu_nor_the_ops():
-    code = "import sys, cupyq.tp.plan, cupyq.tp.split; print(*(m for m in sys.modules if m.startswith(('cupy.', 'cupyq.'))))"
+    bare = f"import sys, types; sys.modules['cupyq.tp'] = bare = types.ModuleType('cupyq.tp'); bare.__path__ = {tp.__path__}; "
+    code = bare + "import cupyq.tp.plan, cupyq.tp.split; print(*(m for m in sys.modules if m.startswith(('cupy.', 'cupyq.'))))"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     loaded = {name.split(".")[1] if name.startswith("cupyq.") else name for name in result.stdout.split()}
     assert loaded == {"errors", "formats", "tp"}

@@ -57,6 +57,7 @@ def elementwise(dtype):
         ops.gelu_mul(x, y, approximate="none")
         ops.relu_mul(x, y)
         ops.softcap(x, 30.0)
+        ops.clamp(x, 0.5)
         ops.embedding(integers(7, 2, 3), array(7, columns, dtype=dtype))
         ops.matmul(x, array(columns, 5, dtype=dtype), bias=array(5, dtype=dtype))
         ops.gemm(x, array(columns, 5, dtype=dtype), array(rows, 5, dtype=dtype), alpha=0.5, beta=2.0)

@@ -5,6 +5,7 @@ from typing import Any
 
 from cupyq._arrays import float16
 from cupyq.layers.joined import JoinedLinear, matrices_of
+from cupyq.ops.activation import clamp
 from cupyq.ops.attention import attention
 from cupyq.ops.kv_append import kv_append
 from cupyq.ops.norm import rms_norm
@@ -18,7 +19,7 @@ class Step:
     """Where the tokens of one forward pass stand; the same for every layer."""
 
     sin: Any
-    """float32 [context, rotary_dim / 2], and cos; None where no layer rotates."""
+    """float32 [context, rotary_dim / 2], and cos; None where no layer rotates by them."""
     cos: Any
     positions: Any
     """int32 [batch], of each row's first token."""
@@ -40,7 +41,8 @@ class Attention:
 
     q, k, v, o are Linear layers; q_norm and k_norm are HeadNorms or None; `window`: how many positions a query sees, its
     own included, or None; `sinks`: float32 [heads], as ops.attention takes them, or None; `rope_style`: "neox", "gptj" or
-    None for no rotation. Where step's tables are narrower than half of head_dim, the first columns of each head turn and the
+    None for no rotation; `clip`: q, k and v are kept between minus this and this, or None; `tables`: (sin, cos) of this layer
+    in place of step's, or None. Where tables are narrower than half of head_dim, the first columns of each head turn and the
     others stay. A cache may hold numbers or codes, in one piece or in pages; float32 goes into codes by way of float16.
     Quantized q, k and v are one product where there is a cache, and what follows it, RMSNorms of heads, rotation and
     appending, one launch.
@@ -62,12 +64,15 @@ class Attention:
         q_norm=None,
         k_norm=None,
         rope_style="neox",
+        clip=None,
+        tables=None,
     ):
         if rope_style not in ("neox", "gptj", None):
             raise ValueError(f'rope_style must be "neox", "gptj" or None, got {rope_style!r}')
         self.q, self.k, self.v, self.o = q, k, v, o
         self.layer, self.head_dim, self.scale, self.window, self.softcap = layer, head_dim, scale, window, softcap
         self.sinks, self.q_norm, self.k_norm, self.rope_style = sinks, q_norm, k_norm, rope_style
+        self.clip, self.tables = clip, tables
         self._joined = JoinedLinear(q, k, v)
 
     def __call__(self, x, step, *, norm=None, residual=None):
@@ -111,19 +116,17 @@ class Attention:
         norms = [norm for norm in (self.q_norm, self.k_norm) if norm is not None]
         is_known = all(norm.kind == "rms" and norm.bias is None for norm in norms)
         is_alike = len({(norm.eps, norm.weight.dtype) for norm in norms}) <= 1
-        if step.cache is None or step.cache.is_narrower or not (is_known and is_alike):
+        if step.cache is None or step.cache.is_narrower or self.clip is not None or not (is_known and is_alike):
             return None
         return self._joined.matrix_for((self.q, self.k, self.v), step.adapters)
 
     def _project_and_append(self, x, step, joined, norm):
         """q; k and v are in the cache."""
-        self._check_tables(step)
-        cache = step.cache
+        tables, cache = self._tables(step), step.cache
         heads = {"q_norm": self.q_norm, "k_norm": self.k_norm}
         head_norms = {name: head_norm.weight for name, head_norm in heads.items() if head_norm is not None}
         if head_norms:
             head_norms["eps"] = (self.q_norm or self.k_norm).eps
-        tables = (None, None) if self.rope_style is None else (step.sin, step.cos)
         qkv = qmatmul(x, joined, before=norm, workspace=step.workspace)
         return qkv_append(
             qkv, cache.k[self.layer], cache.v[self.layer], *tables, step.positions,
@@ -140,19 +143,27 @@ class Attention:
             projection(x, adapters=step.adapters, workspace=step.workspace).reshape(batch, seq, -1, self.head_dim)
             for projection in (self.q, self.k, self.v)
         )
+        if self.clip is not None:
+            q, k, v = (clamp(array, self.clip, out=array) for array in (q, k, v))
         if self.q_norm is not None:
             q = self.q_norm(q)
         if self.k_norm is not None:
             k = self.k_norm(k)
         if self.rope_style is not None:
-            self._check_tables(step)
-            q = rope(q, step.sin, step.cos, step.positions, style=self.rope_style, out=q)
-            k = rope(k, step.sin, step.cos, step.positions, style=self.rope_style, out=k)
+            tables = self._tables(step)
+            q = rope(q, *tables, step.positions, style=self.rope_style, out=q)
+            k = rope(k, *tables, step.positions, style=self.rope_style, out=k)
         return q, k, v
 
-    def _check_tables(self, step):
-        if self.rope_style is not None and step.sin is None:
+    def _tables(self, step):
+        """(sin, cos), or (None, None) where this layer does not rotate."""
+        if self.rope_style is None:
+            return None, None
+        if self.tables is not None:
+            return self.tables
+        if step.sin is None:
             raise ValueError(f"step.sin is None, but layer {self.layer} rotates: pass tables, as rope_tables makes them")
+        return step.sin, step.cos
 
     def output(self, mixed, step, residual=None):
         """[batch, seq, hidden] of attention's result, [batch, seq, heads, head_dim]; or, with a residual, into it."""

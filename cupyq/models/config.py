@@ -5,19 +5,16 @@ Both spellings are understood: transformers 5 (`dtype`, `rope_parameters`) and 4
 that names file, key, what was found and what was expected; what is well formed but not handled, an UnsupportedError.
 """
 
-import json
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NoReturn
+from typing import Any
 
 from cupyq.errors import FormatError, UnsupportedError
 from cupyq.models.architectures import Architecture, architecture
-
-MAX_CONFIG_BYTES = 16 << 20
+from cupyq.models.keys import REQUIRED, Keys, read_json
 
 # Far above every published model, far below what would exhaust memory before a tensor's shape refutes the number.
 MAX_LAYERS, MAX_HEADS, MAX_EXPERTS = 4096, 4096, 1024
@@ -32,6 +29,10 @@ _ACTIVATIONS = {
     "relu": "relu",
 }
 
+# Keys that count as the top level of a model with a text part has them, which has them from its authors.
+_OF_THE_WHOLE = ("architectures", "tie_word_embeddings", "bos_token_id", "eos_token_id", "dtype", "torch_dtype")
+
+_ROPE_TYPES = "default, linear, dynamic, llama3, yarn or longrope"
 _LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
@@ -67,21 +68,42 @@ class ModelConfig:
     max_seq_len: int
     """The context that is served: max_position_embeddings, or what load_model was asked for."""
     rms_norm_eps: float
+    """Of all norms, whatever their kind."""
     activation: str
     """silu, gelu, gelu_tanh or relu."""
     rope_theta: float
     rope_scaling: Mapping[str, Any] | None
     """None, or {"rope_type": ..., and that type's numbers}, as `rope_tables` takes it."""
+    rotary_dim: int
+    """The first so many values of each head rotate; 0 where positions are learned."""
     windows: tuple[int | None, ...]
     """One per layer: how many positions a query sees, its own included; None for all."""
     attention_scale: float
+    local_rope_theta: float | None = None
+    """Theta of layers with a window, where these have one of their own; they do not scale it."""
     attention_softcap: float | None = None
     logit_softcap: float | None = None
+    qkv_clip: float | None = None
+    """q, k and v are kept between minus this and this."""
+    head_norm: str | None = None
+    """rms or layer: the norm over each head of q and k."""
     has_qkv_bias: bool = False
     has_output_bias: bool = False
     has_mlp_bias: bool = False
     num_experts: int = 0
     num_experts_per_tok: int = 0
+    expert_size: int = 0
+    """intermediate_size of an expert."""
+    renormalizes_experts: bool = True
+    """The weights of the chosen experts are divided by their sum."""
+    sparse_layers: tuple[bool, ...] = ()
+    """One per layer: whether it has experts."""
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    """Multiplies all that layers add to the residual."""
+    logit_scale: float = 1.0
+    normalizes_head: bool = False
+    """Rows of an unquantized head are divided by their lengths."""
     tie_word_embeddings: bool = False
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
@@ -95,105 +117,31 @@ class ModelConfig:
         path = Path(path)
         if path.is_dir():
             path = path / "config.json"
-        return _read_config(_Keys(path, _read_json(path)))
+        return _read_config(Keys(path, read_json(path)))
+
+    @property
+    def longest_seq_len(self) -> int:
+        """What max_seq_len may be: RoPE of type dynamic is made for any length up to `factor` times the usual one."""
+        factor = 1.0
+        if self.rope_scaling is not None and self.rope_scaling["rope_type"] == "dynamic":
+            factor = max(factor, self.rope_scaling["factor"])
+        return min(int(factor * self.max_position_embeddings), MAX_POSITIONS)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    def constant(text: str) -> NoReturn:
-        raise ValueError(f"{text} is not JSON")
-
-    try:
-        with open(path, "rb") as file:
-            raw = file.read(MAX_CONFIG_BYTES + 1)
-    except OSError as error:
-        raise FormatError(f"{path}: cannot be opened ({error.strerror}); a model folder holds a config.json") from None
-    if len(raw) > MAX_CONFIG_BYTES:
-        raise FormatError(f"{path}: larger than {MAX_CONFIG_BYTES >> 20} MiB, expected a model's configuration")
-    try:
-        data = json.loads(raw.decode("utf-8-sig"), parse_constant=constant)
-    except RecursionError:
-        raise FormatError(f"{path}: nested too deeply, expected a model's configuration") from None
-    except ValueError as error:
-        raise FormatError(f"{path}: not JSON ({error}); download it again") from None
-    if not isinstance(data, dict):
-        raise FormatError(f"{path}: holds {_show(data)}, expected a JSON object")
-    return data
-
-
-_REQUIRED = object()
-
-
-class _Keys:
-    """Checked access to the keys of one JSON object; `prefix` names the object within the file."""
-
-    def __init__(self, path: Path, data: Mapping[str, Any], prefix: str = ""):
-        self.path, self.data, self.prefix = path, data, prefix
-
-    def where(self, key: str) -> str:
-        return f"{self.path}: {self.prefix}{key}"
-
-    def refuse(self, key: str, expected: str) -> NoReturn:
-        if key not in self.data:
-            raise FormatError(f"{self.where(key)}: missing, expected {expected}")
-        raise FormatError(f"{self.where(key)}: found {_show(self.data[key])}, expected {expected}")
-
-    def unsupported(self, key: str, what: str) -> NoReturn:
-        raise UnsupportedError(f"{self.where(key)}: {_show(self.data[key])} is not supported; {what}")
-
-    def has(self, key: str) -> bool:
-        """Present and not null, which means the same as absent."""
-        return self.data.get(key) is not None
-
-    def integer(self, key: str, low: int, high: int, default: Any = _REQUIRED) -> Any:
-        if not self.has(key) and default is not _REQUIRED:
-            return default
-        value = self.data.get(key)
-        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-            self.refuse(key, f"a whole number from {low} to {high}")
-        return value
-
-    def number(self, key: str, default: Any = _REQUIRED, *, low: float = 0.0, high: float = 1e12) -> Any:
-        """A finite number above `low`."""
-        if not self.has(key) and default is not _REQUIRED:
-            return default
-        value = self.data.get(key)
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not low < value <= high:
-            self.refuse(key, f"a number above {low:g}, at most {high:g}")
-        return float(value)
-
-    def boolean(self, key: str, default: bool) -> bool:
-        if not self.has(key):
-            return default
-        if not isinstance(self.data[key], bool):
-            self.refuse(key, "true or false")
-        return self.data[key]
-
-    def text(self, key: str, default: Any = _REQUIRED) -> Any:
-        if not self.has(key) and default is not _REQUIRED:
-            return default
-        value = self.data.get(key)
-        if not isinstance(value, str):
-            self.refuse(key, "a string")
-        return value
-
-    def within(self, key: str) -> "_Keys":
-        """The JSON object under a key; an empty one where it is absent."""
-        value = self.data.get(key)
-        if value is not None and not isinstance(value, dict):
-            self.refuse(key, "a JSON object or null")
-        return _Keys(self.path, value or {}, f"{self.prefix}{key}.")
-
-
-def _read_config(keys: _Keys) -> ModelConfig:
+def _read_config(keys: Keys) -> ModelConfig:
     names = keys.data.get("architectures")
     if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
         keys.refuse("architectures", "a list of one name, as in ['LlamaForCausalLM']")
     row = architecture(names[0], keys.where("architectures"))
+    keys = _as_llama_spells_them(keys, row)
+    for key, value in row.required:
+        if keys.has(key) and keys.data[key] != value:
+            keys.unsupported(key, f"cupyq's {row.name} is one with {value}")
 
     hidden = keys.integer("hidden_size", 1, MAX_WIDTH)
     layers = keys.integer("num_hidden_layers", 1, MAX_LAYERS)
     heads = keys.integer("num_attention_heads", 1, MAX_HEADS)
-    kv_heads = keys.integer("num_key_value_heads", 1, MAX_HEADS, heads)
+    kv_heads = keys.integer("num_key_value_heads", 1, MAX_HEADS, 1 if keys.boolean("is_multi_query", False) else heads)
     if heads % kv_heads:
         keys.refuse("num_key_value_heads", f"a divisor of num_attention_heads, {heads}")
     if not keys.has("head_dim") and hidden % heads:
@@ -203,15 +151,16 @@ def _read_config(keys: _Keys) -> ModelConfig:
         found = "head_dim" if keys.has("head_dim") else "hidden_size / num_attention_heads"
         raise UnsupportedError(f"{keys.path}: {found} is {head_dim}; cupyq's attention takes multiples of 8 up to 256")
     positions = keys.integer("max_position_embeddings", 1, MAX_POSITIONS)
-    attention_bias = row.attention_bias == "config" and keys.boolean("attention_bias", False)
-    theta, scaling = _read_rope(keys, row, positions)
+    inner = keys.integer("intermediate_size", 1, MAX_WIDTH, row.inner_factor * hidden if row.inner_factor else REQUIRED)
+    says_bias = row.attention_bias in ("config", "config-qkv") and keys.boolean("attention_bias", False)
+    theta, scaling, rotary_dim = _read_rope(keys, row, positions, head_dim)
 
     return ModelConfig(
         path=keys.path,
         architecture=row,
         vocab_size=keys.integer("vocab_size", 1, MAX_VOCAB),
         hidden_size=hidden,
-        intermediate_size=keys.integer("intermediate_size", 1, MAX_WIDTH),
+        intermediate_size=inner,
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
@@ -222,30 +171,110 @@ def _read_config(keys: _Keys) -> ModelConfig:
         activation=_read_activation(keys, row),
         rope_theta=theta,
         rope_scaling=scaling,
+        rotary_dim=rotary_dim,
+        local_rope_theta=_read_local_theta(keys, row),
         windows=_read_windows(keys, row, layers),
         attention_scale=_read_attention_scale(keys, row, head_dim),
         attention_softcap=_read_softcap(keys, row, "attn_logit_softcapping"),
         logit_softcap=_read_softcap(keys, row, "final_logit_softcapping"),
-        has_qkv_bias=attention_bias or row.attention_bias == "qkv",
-        has_output_bias=attention_bias,
-        has_mlp_bias=row.has_mlp_bias_key and keys.boolean("mlp_bias", False),
+        qkv_clip=keys.number("clip_qkv", None) if row.has_qkv_clip else None,
+        head_norm=row.head_norm if row.head_norm_key is None or keys.boolean(row.head_norm_key, False) else None,
+        has_qkv_bias=says_bias or row.attention_bias in ("qkv", "all"),
+        has_output_bias=(says_bias and row.attention_bias == "config") or row.attention_bias == "all",
+        has_mlp_bias=row.mlp_bias == "all" or (row.mlp_bias == "config" and keys.boolean("mlp_bias", False)),
+        embedding_scale=_read_embedding_scale(keys, row, hidden),
+        residual_scale=_read_residual_scale(keys, row, layers),
+        logit_scale=_read_logit_scale(keys, row, hidden),
+        normalizes_head=row.has_head_norm_key and bool(keys.data.get("norm_head")),
         tie_word_embeddings=keys.boolean("tie_word_embeddings", row.ties_embeddings),
         eos_token_ids=_read_eos(keys),
         bos_token_id=keys.integer("bos_token_id", 0, MAX_VOCAB, None),
         dtype=keys.text("dtype", None) or keys.text("torch_dtype", None),
         quantization=_read_quantization(keys),
-        **_read_experts(keys, row),
+        **_read_experts(keys, row, layers, inner),
     )
 
 
-def _read_experts(keys: _Keys, row: Architecture) -> dict[str, int]:
+def _as_llama_spells_them(keys: Keys, row: Architecture) -> Keys:
+    """The same keys by the names read here, with those of text_config and the row's defaults among them."""
+    data, spelled = dict(keys.data), {}
+    if row.text_types:
+        text = keys.within("text_config")
+        kind = text.text("model_type", row.text_types[0])
+        if kind not in row.text_types:
+            text.unsupported("model_type", f"cupyq runs a {row.name} whose text part is {' or '.join(row.text_types)}")
+        for key, value in text.data.items():
+            if key not in _OF_THE_WHOLE or data.get(key) is None:
+                data[key], spelled[key] = value, f"text_config.{key}"
+    for key, path in row.keys:
+        *folders, last = path.split(".")
+        inside = Keys(keys.path, data, spelled=spelled)
+        for folder in folders:
+            inside = inside.within(folder)
+        if last in inside.data:
+            data[key] = inside.data[last]
+        if last in inside.data or key not in data:
+            spelled[key] = path
+    for key, value in row.defaults:
+        if data.get(key) is None:
+            data[key] = value
+    return Keys(keys.path, data, spelled=spelled)
+
+
+def _read_experts(keys: Keys, row: Architecture, layers: int, inner: int) -> dict[str, Any]:
     if not row.has_experts:
         return {}
     experts = keys.integer("num_local_experts", 1, MAX_EXPERTS)
-    return {"num_experts": experts, "num_experts_per_tok": keys.integer("num_experts_per_tok", 1, experts)}
+    size = inner
+    sparse = [True] * layers
+    if row.has_dense_layers:
+        size = keys.integer("moe_intermediate_size", 1, MAX_WIDTH, inner)
+        step = keys.integer("decoder_sparse_step", 1, MAX_LAYERS, 1)
+        dense = keys.data.get("mlp_only_layers") or []
+        if not isinstance(dense, list) or not all(isinstance(layer, int) for layer in dense):
+            keys.refuse("mlp_only_layers", "a list of numbers of layers")
+        sparse = [layer not in dense and (layer + 1) % step == 0 for layer in range(layers)]
+    return {
+        "num_experts": experts,
+        "num_experts_per_tok": keys.integer("num_experts_per_tok", 1, experts),
+        "expert_size": size,
+        "renormalizes_experts": _read_renormalization(keys, row),
+        "sparse_layers": tuple(sparse),
+    }
 
 
-def _read_activation(keys: _Keys, row: Architecture) -> str:
+def _read_renormalization(keys: Keys, row: Architecture) -> bool:
+    if row.renormalize == "norm_topk_prob":
+        return keys.boolean("norm_topk_prob", False)
+    if row.renormalize == "moe_normalize_expert_weights":
+        power = keys.data.get("moe_normalize_expert_weights", 1)  # of the norm that the weights are divided by
+        if power not in (None, 1):
+            keys.unsupported("moe_normalize_expert_weights", "cupyq divides by the sum, 1, or not, null")
+        return power is not None
+    return True
+
+
+def _read_embedding_scale(keys: Keys, row: Architecture, hidden: int) -> float:
+    if row.embedding_scale is not None:
+        return keys.number(row.embedding_scale)
+    return hidden**0.5 if row.scales_embedding else 1.0
+
+
+def _read_residual_scale(keys: Keys, row: Architecture, layers: int) -> float:
+    if row.residual_scale is None:
+        return 1.0
+    scale = keys.number(row.residual_scale)
+    return scale / layers**0.5 if row.residual_scale == "scale_depth" else scale
+
+
+def _read_logit_scale(keys: Keys, row: Architecture, hidden: int) -> float:
+    if row.logit_scale is None:
+        return 1.0
+    number = keys.number(row.logit_scale)
+    return {"logit_scale": number, "logits_scaling": 1 / number, "dim_model_base": number / hidden}[row.logit_scale]
+
+
+def _read_activation(keys: Keys, row: Architecture) -> str:
     for key in row.activation_keys:
         name = keys.text(key, None)
         if name is not None:
@@ -255,11 +284,13 @@ def _read_activation(keys: _Keys, row: Architecture) -> str:
     return _ACTIVATIONS[row.activation]
 
 
-def _read_attention_scale(keys: _Keys, row: Architecture, head_dim: int) -> float:
-    return (keys.number("query_pre_attn_scalar") if row.has_softcaps else head_dim) ** -0.5
+def _read_attention_scale(keys: Keys, row: Architecture, head_dim: int) -> float:
+    if row.attention_scale == "attention_multiplier":
+        return keys.number("attention_multiplier")
+    return (keys.number("query_pre_attn_scalar") if row.attention_scale == "query_pre_attn_scalar" else head_dim) ** -0.5
 
 
-def _read_softcap(keys: _Keys, row: Architecture, key: str) -> float | None:
+def _read_softcap(keys: Keys, row: Architecture, key: str) -> float | None:
     if not row.has_softcaps:
         return None
     if key not in keys.data:
@@ -267,7 +298,7 @@ def _read_softcap(keys: _Keys, row: Architecture, key: str) -> float | None:
     return keys.number(key, None)
 
 
-def _read_eos(keys: _Keys) -> tuple[int, ...]:
+def _read_eos(keys: Keys) -> tuple[int, ...]:
     value = keys.data.get("eos_token_id")
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i <= MAX_VOCAB for i in ids):
@@ -275,34 +306,64 @@ def _read_eos(keys: _Keys) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def _read_rope(keys: _Keys, row: Architecture, positions: int) -> tuple[float, Mapping[str, Any] | None]:
-    """Theta and scaling. transformers 5 keeps both in `rope_parameters`, 4 in `rope_theta` and `rope_scaling`."""
-    new, old = keys.within("rope_parameters"), keys.within("rope_scaling")
+def _read_rope(keys: Keys, row: Architecture, positions: int, head_dim: int) -> tuple[float, Mapping[str, Any] | None, int]:
+    """Theta, scaling, rotary_dim. transformers 5 keeps all in `rope_parameters`, 4 in `rope_theta`, `rope_scaling`, ..."""
+    if row.rope is None:
+        return row.rope_theta, None, 0
+    new, old = _global_rope(keys, row), keys.within("rope_scaling")
     theta = new.number("rope_theta", None)
     top_theta = keys.number("rope_theta", None)
     if theta is not None and top_theta is not None and theta != top_theta:
         keys.refuse("rope_theta", f"{theta:g}, as rope_parameters.rope_theta says; remove one of the two")
     theta = theta or top_theta or row.rope_theta
 
-    for part in (keys, new, old):
-        if part.number("partial_rotary_factor", 1.0) != 1.0:
-            part.unsupported("partial_rotary_factor", f"{row.name} rotates whole heads")
     original = keys.integer("original_max_position_embeddings", 1, MAX_POSITIONS, positions)
-    scaling, older = _read_rope_scaling(new), _read_rope_scaling(old)
+    scaling, older = _read_rope_scaling(new, row), _read_rope_scaling(old, row)
     if scaling is None:
         scaling = older
     elif older is not None and older != scaling:
         raise FormatError(f"{keys.where('rope_scaling')}: differs from rope_parameters; remove one of the two")
     if scaling is None or scaling["rope_type"] == "default":
-        return theta, None
-    if scaling["rope_type"] in ("yarn", "longrope", "su"):
+        scaling = None
+    elif scaling["rope_type"] in ("dynamic", "yarn", "longrope", "su"):
         # Lengths these measure by may stand at top level only; their other numbers are checked by ops/rope.py.
         lengths = {"max_position_embeddings": positions, "original_max_position_embeddings": original}
         scaling = MappingProxyType({**lengths, **scaling})
-    return theta, scaling
+    return theta, scaling, _read_rotary_dim((keys, new, old), row, head_dim)
 
 
-def _read_rope_scaling(keys: _Keys) -> Mapping[str, Any] | None:
+def _global_rope(keys: Keys, row: Architecture) -> Keys:
+    """rope_parameters, or the part of it for layers that see everything."""
+    parameters = keys.within("rope_parameters")
+    return parameters.within("full_attention") if row.local_rope_theta and "full_attention" in parameters.data else parameters
+
+
+def _read_local_theta(keys: Keys, row: Architecture) -> float | None:
+    if row.local_rope_theta is None:
+        return None
+    local = keys.within("rope_parameters").within("sliding_attention")
+    if local.text("rope_type", "default") != "default":
+        local.unsupported("rope_type", f"layers of {row.name} with a window do not scale")
+    return local.number("rope_theta", None) or keys.number("rope_local_base_freq", row.local_rope_theta)
+
+
+def _read_rotary_dim(parts: tuple[Keys, ...], row: Architecture, head_dim: int) -> int:
+    share = row.partial_rotary_factor
+    for part in parts:
+        found = part.number("partial_rotary_factor", None, high=1.0)
+        if found is None:
+            continue
+        if share is None and found != 1.0:
+            part.unsupported("partial_rotary_factor", f"{row.name} rotates whole heads")
+        share = found if share is not None else None
+    rotary_dim = head_dim if share is None else int(head_dim * share)
+    if rotary_dim < 2 or rotary_dim % 2:
+        where = parts[0].where("partial_rotary_factor")
+        raise UnsupportedError(f"{where}: {rotary_dim} of {head_dim} values of a head rotate; expected an even number")
+    return rotary_dim
+
+
+def _read_rope_scaling(keys: Keys, row: Architecture) -> Mapping[str, Any] | None:
     if not keys.data:
         return None
     kind, synonym = keys.text("rope_type", None), keys.text("type", None)
@@ -315,8 +376,10 @@ def _read_rope_scaling(keys: _Keys) -> Mapping[str, Any] | None:
             kind = "default"
         else:
             keys.refuse("rope_type", "the kind of scaling, such as linear or llama3")
+    if kind == "mrope" and row.has_mrope:
+        kind = "default"
     scaling: dict[str, Any] = {"rope_type": kind}
-    if kind == "linear":
+    if kind in ("linear", "dynamic"):
         scaling["factor"] = keys.number("factor")
     elif kind == "llama3":
         scaling |= {name: keys.number(name) for name in _LLAMA3_KEYS}
@@ -325,15 +388,15 @@ def _read_rope_scaling(keys: _Keys) -> Mapping[str, Any] | None:
     elif kind in ("yarn", "longrope", "su"):
         scaling |= {name: value for name, value in keys.data.items() if name not in ("type", "rope_type", "rope_theta")}
     elif kind != "default":
-        keys.unsupported(key, "cupyq scales RoPE by default, linear, llama3, yarn or longrope")
+        keys.unsupported(key, f"cupyq scales RoPE by {_ROPE_TYPES}")
     return MappingProxyType(scaling)
 
 
-def _read_windows(keys: _Keys, row: Architecture, layers: int) -> tuple[int | None, ...]:
+def _read_windows(keys: Keys, row: Architecture, layers: int) -> tuple[int | None, ...]:
     """The window of every layer: `layer_types` where given, else the architecture's rule."""
     if row.window == "none":
         return (None,) * layers
-    is_on = keys.boolean("use_sliding_window", False) if row.window == "optional" else True
+    is_on = keys.boolean("use_sliding_window", False) if row.window in ("optional", "switched") else True
     window = keys.integer("sliding_window", 1, MAX_POSITIONS, None) if is_on else None
     types = keys.data.get("layer_types")
     if types is not None:
@@ -344,10 +407,11 @@ def _read_windows(keys: _Keys, row: Architecture, layers: int) -> tuple[int | No
         if any(slides) and window is None:
             off = "use_sliding_window is not true" if not is_on else "sliding_window is missing"
             keys.refuse("layer_types", f"full_attention everywhere, as {off}")
-    elif row.window == "alternate":
+    elif row.window == "pattern":
+        pattern = keys.integer("sliding_window_pattern", 1, MAX_LAYERS, row.window_pattern)
         if window is None:
-            keys.refuse("sliding_window", f"a whole number, the window of every second layer of {row.name}")
-        slides = [layer % 2 == 0 for layer in range(layers)]
+            keys.refuse("sliding_window", f"a whole number, the window of all but each {pattern}. layer of {row.name}")
+        slides = [(layer + 1) % pattern != 0 for layer in range(layers)]
     elif row.window == "optional" and window is not None:
         first = keys.integer("max_window_layers", 0, MAX_LAYERS)
         slides = [layer >= first for layer in range(layers)]
@@ -356,7 +420,7 @@ def _read_windows(keys: _Keys, row: Architecture, layers: int) -> tuple[int | No
     return tuple(window if slide else None for slide in slides)
 
 
-def _read_quantization(keys: _Keys) -> Quantization | None:
+def _read_quantization(keys: Keys) -> Quantization | None:
     if keys.has("quantization_config"):
         keys = keys.within("quantization_config")
     else:
@@ -364,7 +428,7 @@ def _read_quantization(keys: _Keys) -> Quantization | None:
         beside = keys.path.parent / "quantize_config.json"
         if not beside.is_file():
             return None
-        keys = _Keys(beside, {"quant_method": "gptq", **_read_json(beside)})
+        keys = Keys(beside, {"quant_method": "gptq", **read_json(beside)})
     method = keys.text("quant_method")
     if method == "exl2":
         return Quantization("exl2", bits=keys.number("bits", None), head_bits=keys.number("head_bits", None))
@@ -387,10 +451,3 @@ def _read_quantization(keys: _Keys) -> Quantization | None:
         desc_act=keys.boolean("desc_act", False),
         zeros="v2" if layout == "gptq_v2" else "v1",
     )
-
-
-def _show(value: Any) -> str:
-    if isinstance(value, float) and not math.isfinite(value):
-        return "a number too large"
-    text = ascii(value)
-    return text if len(text) <= 80 else f"{text[:70]}... ({len(text)} characters)"

@@ -1,14 +1,14 @@
 """A model folder to a Model: config.json and *.safetensors, unquantized, EXL2 or GPTQ.
 
-First a plan: every name and shape is checked before a byte of weights is read. On a GPU, a model of one layer of each kind
-is then made of zeros and run without launching anything, to learn which kernels the model needs; those are compiled while
+First a plan (`parts`): every name and shape is checked before a byte of weights is read. On a GPU, a model of one layer of each
+kind is then made of zeros and run without launching anything, to learn which kernels the model needs; those are compiled while
 the weights are on their way (`upload`).
 """
 
 import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,18 +21,15 @@ from cupyq._arrays import bfloat16, float16, float32, require_cupy
 from cupyq._progress import progress
 from cupyq.errors import BackendError, FormatError, UnsupportedError
 from cupyq.formats.safetensors import Checkpoint
-from cupyq.layers import MLP, Attention, DecoderLayer, HeadNorm, Linear, MoE, RMSNorm
+from cupyq.layers import MLP, Attention, DecoderLayer, Linear, MoE, ParallelDecoderLayer
 from cupyq.models import upload
 from cupyq.models.config import ModelConfig
 from cupyq.models.model import Model
-from cupyq.models.upload import Wanted
+from cupyq.models.parts import Part, Piece, Plan, contiguous, split_rows
 from cupyq.models.warmup import compile_traced, trace_kernels
-from cupyq.ops.qmatrix import QMatrix
 from cupyq.ops.rope import rope_tables
 
 _DTYPES = {"float16": float16, "bfloat16": bfloat16, "float32": float32}
-_EXL2_TENSORS = ("q_weight", "q_scale", "q_scale_max", "q_groups", "q_invperm")
-_ON_HOST = ("q_scale_max", "q_groups", "q_invperm", "g_idx")
 
 
 def load_model(
@@ -47,7 +44,8 @@ def load_model(
     backend: "cupy" runs the kernels on CuPy's current GPU, "numpy" the reference; "auto" is "cupy" if there is a GPU.
     dtype: of activations and unquantized weights; float16 (default) or bfloat16 on CuPy; float32 (default), float16 or
     bfloat16 on NumPy. The residual stream is float32 throughout, as are norm weights.
-    max_seq_len: the longest context to serve, at most what config.json allows (default: that).
+    max_seq_len: the longest context to serve, at most what config.json allows (default: that; with RoPE of type dynamic up to
+    `factor` times that, and all positions then turn as this length asks).
     Memory: on NumPy, weights stay in the files, mapped. On a GPU, the host takes 64 MiB of pinned buffers whatever the
     model's size, and the GPU, beyond the model, the packed tensors on their way: 128 MiB and two matrices (`upload`).
     After an error, or an interrupt, no thread is left, nor anything on the GPU.
@@ -79,8 +77,8 @@ def read_config(path: str | os.PathLike[str], max_seq_len: int | None) -> ModelC
         return config
     if isinstance(max_seq_len, bool) or not isinstance(max_seq_len, int):
         raise TypeError(f"max_seq_len must be a whole number, got {type(max_seq_len).__name__}")
-    if not 1 <= max_seq_len <= config.max_position_embeddings:
-        most = config.max_position_embeddings
+    most = config.longest_seq_len
+    if not 1 <= max_seq_len <= most:
         raise ValueError(f"max_seq_len must be from 1 to {most}, as {config.path} says, got {max_seq_len}")
     return dataclasses.replace(config, max_seq_len=max_seq_len)
 
@@ -113,21 +111,7 @@ def choose_dtype(dtype: Any, xp: Any) -> np.dtype:
     return chosen
 
 
-# --- from names to parts ----------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Part:
-    """Tensors that become one object: planned first, so that every name and shape is checked before a byte is read."""
-
-    key: str
-    tensors: Mapping[str, Wanted]
-    build: Callable[[dict[str, Any]], Any]
-    nbytes: int
-    parameters: int
-    kind: Hashable
-    """Equal for parts that run the same kernels."""
-    value: Any = None
+# --- from parts to a model --------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -137,7 +121,7 @@ class _LayerPlan:
     attention: Sequence[Part]
     mlp: Sequence[Part]
     norms: Sequence[Part]
-    finish: Callable[[int], DecoderLayer]
+    finish: Callable[[int], DecoderLayer | ParallelDecoderLayer]
     window: int | None
 
     @property
@@ -151,148 +135,6 @@ class _LayerPlan:
         return {("attention", self.window, attention), ("mlp", mlp)}
 
 
-class Plan:
-    """Looks up what a model needs in a checkpoint and remembers it as parts, in the order they are used.
-
-    Who keeps less than all of it overrides `held` and `read`.
-    """
-
-    def __init__(self, config: ModelConfig, checkpoint: Checkpoint, xp: Any, activations: np.dtype):
-        self.config, self.checkpoint, self.xp = config, checkpoint, xp
-        self.weight_dtype = activations
-        self.parts: list[Part] = []
-        self.used: set[str] = set()
-
-    def held(self, key: str, k: int, n: int) -> tuple[int, int]:
-        """Inputs and outputs of what is kept of a linear layer."""
-        return k, n
-
-    def read(self, parts: Iterable["Part"]) -> Generator[tuple["Part", dict[str, Any]], None, None]:
-        """Each part and the tensors to build it of."""
-        return upload.read(self.checkpoint, parts, self.xp)
-
-    def _add(self, key: str, tensors: Mapping[str, Wanted], build: Callable[[dict[str, Any]], Any], parameters: int) -> "Part":
-        self.used.update(wanted.name for wanted in tensors.values())
-        nbytes = self.checkpoint.total_bytes(wanted.name for wanted in tensors.values())
-        self.parts.append(Part(key, tensors, build, nbytes, parameters, self._kind_of(tensors)))
-        return self.parts[-1]
-
-    def _kind_of(self, tensors: Mapping[str, Wanted]) -> Hashable:
-        if self.xp is np:
-            return None
-        infos = {short: self.checkpoint.info(wanted.name) for short, wanted in tensors.items()}
-        if "q_groups" not in tensors:
-            return tuple((short, info.dtype, info.shape) for short, info in infos.items())
-        # The sizes of EXL2's tensors tell how many rows have which width, which is for kernels to cope with.
-        widths = upload.read_on_host(self.checkpoint, tensors["q_groups"]).reshape(-1)[::2]
-        return infos["q_invperm"].shape, infos["q_weight"].shape[1:], frozenset(widths.tolist()), "bias" in tensors
-
-    def _require(self, name: str, shape: tuple[int, ...]) -> None:
-        """FormatError unless the checkpoint has this unquantized tensor, in this shape."""
-        if name not in self.checkpoint:
-            raise FormatError(
-                f"{self.checkpoint.folder}: tensor {name!r} is missing, expected shape {list(shape)}, as "
-                f"{self.config.path.name} says; the checkpoint is incomplete or its config.json is another model's"
-            )
-        info = self.checkpoint.info(name)
-        if tuple(info.shape) != shape:
-            self.refuse(name, f"shape {list(info.shape)}, expected {list(shape)}, as {self.config.path.name} says")
-        if info.dtype not in upload.FLOAT_DTYPES:
-            path = self.checkpoint.file(name).path
-            raise UnsupportedError(f"{path}: tensor {name!r}: dtype {info.dtype}, expected float16, bfloat16 or float32")
-
-    def refuse(self, name: str, what: str) -> None:
-        raise FormatError(f"{self.checkpoint.file(name).path}: tensor {name!r}: {what}")
-
-    def array(self, name: str, *shape: int) -> Part:
-        """An unquantized tensor, such as the embedding."""
-        self._require(name, shape)
-        return self._add(name, {"weight": Wanted(name, self.weight_dtype)}, lambda t: t["weight"], int(np.prod(shape)))
-
-    def norm_weight(self, key: str, size: int) -> Part:
-        """A norm's weight, float32, with the architecture's offset added."""
-        name, offset = f"{key}.weight", self.config.architecture.norm_weight_offset
-        self._require(name, (size,))
-
-        def build(tensors: dict[str, Any]) -> Any:
-            weight = tensors["weight"] + np.float32(offset)  # a new array, so that no file stays mapped for it
-            return self.xp.asarray(weight)
-
-        return self._add(key, {"weight": Wanted(name, float32, on_host=True)}, build, size)
-
-    def linear(self, key: str, k: int, n: int, has_bias: bool = False, is_padded: bool = False) -> Part:
-        """EXL2, GPTQ or unquantized, whichever tensors there are. `is_padded`: N may be rounded up to 32 (lm_head)."""
-        bias = self._bias(key, n, has_bias)
-        parameters = k * n + n * has_bias
-        if f"{key}.q_weight" in self.checkpoint:
-            names: tuple[str, ...] = _EXL2_TENSORS
-        elif f"{key}.qweight" in self.checkpoint:
-            names = ("qweight", "qzeros", "scales")
-            names += ("g_idx",) * (f"{key}.g_idx" in self.checkpoint)
-        else:
-            self._require(f"{key}.weight", (n, k))
-            tensors = {"weight": Wanted(f"{key}.weight", self.weight_dtype)} | bias
-            stored = self.checkpoint.info(f"{key}.weight").dtype
-            return self._add(key, tensors, lambda t: Linear(t["weight"], t.get("bias"), key, stored), parameters)
-
-        for name in names:
-            if f"{key}.{name}" not in self.checkpoint:
-                raise FormatError(
-                    f"{self.checkpoint.folder}: tensor '{key}.{name}' is missing beside '{key}.{names[0]}'; "
-                    "the checkpoint is incomplete, download or convert it again"
-                )
-        tensors = {name: Wanted(f"{key}.{name}", on_host=name in _ON_HOST) for name in names} | bias
-        file = self.checkpoint.file(f"{key}.{names[0]}").path
-
-        def build(tensors: dict[str, Any]) -> Linear:
-            bias = tensors.pop("bias", None)
-            try:
-                matrix = QMatrix.from_tensors(tensors, bias=bias, name=key, **self._gptq_options(names[0]))
-            except FormatError as error:
-                raise FormatError(f"{file}: {error}") from None
-            held_k, held_n = self.held(key, k, n)
-            widest = -(-held_n // 32) * 32 if is_padded else held_n
-            if matrix.k != held_k or not held_n <= matrix.n <= widest:
-                raise FormatError(
-                    f"{file}: tensor '{key}.{names[0]}': a matrix of {matrix.k} x {matrix.n}, expected {held_k} x {held_n}, as "
-                    f"{self.config.path.name} says"
-                )
-            return Linear(matrix, name=key)
-
-        return self._add(key, tensors, build, parameters)
-
-    def _gptq_options(self, first_tensor: str) -> dict[str, Any]:
-        quantization = self.config.quantization
-        if first_tensor != "qweight" or quantization is None or quantization.method != "gptq":
-            return {}
-        return {"zeros": quantization.zeros, "bits": quantization.bits, "group_size": quantization.group_size}
-
-    def _bias(self, key: str, n: int, is_expected: bool) -> dict[str, Wanted]:
-        name = f"{key}.bias"
-        if is_expected:
-            self._require(name, (n,))
-            if any(f"{key}.{first}" in self.checkpoint for first in ("q_weight", "qweight")):
-                return {"bias": Wanted(name, float16, on_host=True)}  # what QMatrix takes
-            return {"bias": Wanted(name, self.weight_dtype)}
-        if name in self.checkpoint:
-            # GPTQ writers store a bias of zeros for layers that have none.
-            if self.checkpoint.array(name).astype(np.float32).any():
-                self.refuse(name, f"not zero, but {self.config.architecture.name} has no such bias by its config.json")
-            self.used.add(name)
-        return {}
-
-    def refuse_leftovers(self) -> None:
-        """FormatError if the checkpoint holds weights of the decoder that no part has asked for."""
-        for name in self.checkpoint.names:
-            is_known = name in self.used or name.rpartition(".")[2] in ("q_perm", "q_group_map", "inv_freq")
-            if name.startswith("model.") and not is_known:
-                model = f"a {self.config.architecture.name} of {self.config.num_hidden_layers} layers"
-                self.refuse(name, f"not part of {model}; {self.config.path.name} does not describe this checkpoint")
-
-
-# --- from parts to a model --------------------------------------------------------------------------------------------
-
-
 class Blueprint:
     """A model whose every name and shape is known to fit, and whose weights may be loaded. `plan`: one without parts yet."""
 
@@ -302,15 +144,19 @@ class Blueprint:
         self.config, self.checkpoint, self.xp, self.activations = config, checkpoint, xp, plan.weight_dtype
         hidden, vocab = config.hidden_size, config.vocab_size
         self.embedding = plan.array("model.embed_tokens.weight", vocab, hidden)
-        self.layers = [_plan_layer(plan, config, layer) for layer in range(config.num_hidden_layers)]
-        self.norm = plan.norm_weight("model.norm", hidden)
+        has_rope = config.architecture.rope is not None
+        self.places = None if has_rope else plan.array("model.wpe.weight", config.max_position_embeddings, hidden)
+        self.sin, self.cos = _rope_tables(config, xp) if has_rope else (None, None)
+        local = _local_rope_tables(config, xp)
+        layers = range(config.num_hidden_layers)
+        self.layers = [_plan_layer(plan, config, layer, local if config.windows[layer] else None) for layer in layers]
+        self.norm = plan.norm("model.norm", scale=config.logit_scale)
         # Quantizers write a head of its own even for tied models.
         has_own_head = any(f"lm_head.{name}" in checkpoint for name in ("q_weight", "qweight", "weight"))
         self.head = None
         if has_own_head or not config.tie_word_embeddings:
-            self.head = plan.linear("lm_head", hidden, vocab, is_padded=True)
+            self.head = plan.head("lm_head", hidden, vocab)
         plan.refuse_leftovers()
-        self.sin, self.cos = _rope_tables(config, xp)
 
     def load(self, parts: Sequence[Part] | None = None) -> None:
         """Give every part its value, or those given, without a progress bar.
@@ -341,14 +187,15 @@ class Blueprint:
             dtype=self.activations,
             embedding=embedding,
             layers=[layer.finish(index) for index, layer in enumerate(chosen)],
-            norm=RMSNorm(self.norm.value, self.config.rms_norm_eps),
+            norm=self.norm.value,
             head=self.head.value if self.head is not None else Linear(embedding, None, "lm_head", stored),
             sin=self.sin,
             cos=self.cos,
+            places=None if self.places is None else self.places.value,
             parameters=sum(part.parameters for part in self.plan.parts),
         )
 
-    def layer(self, index: int) -> DecoderLayer:
+    def layer(self, index: int) -> DecoderLayer | ParallelDecoderLayer:
         """One layer, read now; nothing else holds its weights."""
         layer = self.layers[index]
         with self._loaded(layer.parts):
@@ -357,6 +204,7 @@ class Blueprint:
     def without_layers(self, *, embedding: bool = False, head: bool = False) -> Model:
         """A Model of no layers, whose embedding, or norm and head, are read now; the other end is not to be used."""
         parts = [self.embedding] if embedding or (head and self.head is None) else []
+        parts += [self.places] if embedding and self.places is not None else []
         if head:
             parts += [part for part in (self.norm, self.head) if part is not None]
         with self._loaded(parts):
@@ -376,7 +224,7 @@ class Blueprint:
         if self.xp is np:
             return []
         layers = _one_of_each_kind(self.layers)
-        ends = [part for part in (self.embedding, self.norm, self.head) if part is not None]
+        ends = [part for part in (self.embedding, self.places, self.norm, self.head) if part is not None]
         parts = [*(part for layer in layers for part in layer.parts), *ends]
         try:
             with _kernels.tracing() as to_load:
@@ -412,47 +260,65 @@ def _meanwhile(task: Callable[..., Any], *arguments: Any) -> Iterator[None]:
 
 
 def _rope_tables(config: ModelConfig, xp: Any) -> tuple[Any, Any]:
+    options = {"theta": config.rope_theta, "scaling": config.rope_scaling}
     try:
-        return rope_tables(config.head_dim, config.max_seq_len, theta=config.rope_theta, scaling=config.rope_scaling, xp=xp)
+        return rope_tables(config.rotary_dim, config.max_seq_len, **options, xp=xp)
     except (FormatError, UnsupportedError) as error:
         raise type(error)(f"{config.path}: {error}") from None
 
 
-def _plan_layer(plan: Plan, config: ModelConfig, layer: int) -> _LayerPlan:
-    row, key, first = config.architecture, f"model.layers.{layer}", len(plan.parts)
-    attention = _plan_attention(plan, config, layer, f"{key}.{row.attention}")
-    middle = len(plan.parts)
-    mlp = (_plan_experts if row.has_experts else _plan_mlp)(plan, config, f"{key}.{row.mlp}")
-    names = {
-        "attention_norm": row.attention_norm,
-        "mlp_norm": row.mlp_norm,
-        "attention_post_norm": row.attention_post_norm,
-        "mlp_post_norm": row.mlp_post_norm,
-    }
-    end = len(plan.parts)
-    norms = {role: plan.norm_weight(f"{key}.{name}", config.hidden_size) for role, name in names.items() if name}
+def _local_rope_tables(config: ModelConfig, xp: Any) -> tuple[Any, Any] | None:
+    """Tables of the layers with a window, where these have their own."""
+    if config.local_rope_theta is None or not any(config.windows):
+        return None
+    return rope_tables(config.rotary_dim, config.max_seq_len, theta=config.local_rope_theta, xp=xp)
 
-    def finish(index: int) -> DecoderLayer:
-        weights = {role: RMSNorm(part.value, config.rms_norm_eps) for role, part in norms.items()}
-        return DecoderLayer(attention(index), mlp(), **weights)
+
+def _plan_layer(plan: Plan, config: ModelConfig, layer: int, tables: tuple[Any, Any] | None) -> _LayerPlan:
+    row, key, first = config.architecture, f"model.layers.{layer}", len(plan.parts)
+    attention = _plan_attention(plan, config, layer, f"{key}.{row.attention}", tables)
+    middle = len(plan.parts)
+    has_experts = row.has_experts and config.sparse_layers[layer]
+    mlp = (_plan_experts if has_experts else _plan_mlp)(plan, config, f"{key}.{row.mlp}")
+    end = len(plan.parts)
+    pre_norms = {"attention_norm": row.attention_norm, "mlp_norm": row.mlp_norm}
+    post_norms = {"attention_post_norm": row.attention_post_norm, "mlp_post_norm": row.mlp_post_norm}
+    norms = {role: plan.norm(f"{key}.{name}") for role, name in pre_norms.items() if name}
+    norms |= {role: plan.norm(f"{key}.{name}", is_pre_norm=False) for role, name in post_norms.items() if name}
+
+    def finish(index: int) -> DecoderLayer | ParallelDecoderLayer:
+        if row.mlp_norm is None:
+            return ParallelDecoderLayer(attention(index), mlp(), norm=norms["attention_norm"].value)
+        return DecoderLayer(attention(index), mlp(), **{role: part.value for role, part in norms.items()})
 
     attention_parts, mlp_parts = plan.parts[first:middle], plan.parts[middle:end]
     return _LayerPlan(attention_parts, mlp_parts, plan.parts[end:], finish, config.windows[layer])
 
 
-def _plan_attention(plan: Plan, config: ModelConfig, layer: int, key: str) -> Callable[[int], Attention]:
-    hidden, head_dim = config.hidden_size, config.head_dim
-    width, kv_width = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
-    q = plan.linear(f"{key}.q_proj", hidden, width, config.has_qkv_bias)
-    k = plan.linear(f"{key}.k_proj", hidden, kv_width, config.has_qkv_bias)
-    v = plan.linear(f"{key}.v_proj", hidden, kv_width, config.has_qkv_bias)
-    o = plan.linear(f"{key}.o_proj", width, hidden, config.has_output_bias)
-    norm_names = ("q_norm", "k_norm") if config.architecture.head_norm else ()
-    norms = [plan.norm_weight(f"{key}.{name}", head_dim) for name in norm_names]
+def _plan_attention(
+    plan: Plan, config: ModelConfig, layer: int, key: str, tables: tuple[Any, Any] | None
+) -> Callable[[int], Attention]:
+    row, hidden, head_dim = config.architecture, config.hidden_size, config.head_dim
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    widths = (heads * head_dim, kv_heads * head_dim, kv_heads * head_dim)
+
+    def split(array: Any) -> list[Any]:
+        if row.qkv_layout == "rows":
+            return split_rows(array, widths)
+        groups = array.reshape(kv_heads, heads // kv_heads + 2, head_dim, *array.shape[1:])
+        parts = (groups[:, :-2], groups[:, -2], groups[:, -1])
+        return [contiguous(part).reshape(-1, *array.shape[1:]) for part in parts]
+
+    names = [f"{key}.{name}" for name in ("q_proj", "k_proj", "v_proj")]
+    fused = row.fused_qkv and f"{key}.{row.fused_qkv}"
+    q, k, v = plan.side_by_side(names, fused, hidden, widths, config.has_qkv_bias, split)
+    o = plan.linear(f"{key}.o_proj", widths[0], hidden, config.has_output_bias)
+    norms: dict[str, Part] = {}
+    if config.head_norm is not None:
+        norms = {name: plan.head_norm(f"{key}.{name}", n) for name, n in (("q_norm", heads), ("k_norm", kv_heads))}
+    window = config.windows[layer]
 
     def finish(index: int) -> Attention:
-        head_norms = [HeadNorm(norm.value, eps=config.rms_norm_eps) for norm in norms]
-        q_norm, k_norm = head_norms or (None, None)
         return Attention(
             q.value,
             k.value,
@@ -461,25 +327,53 @@ def _plan_attention(plan: Plan, config: ModelConfig, layer: int, key: str) -> Ca
             layer=index,
             head_dim=head_dim,
             scale=config.attention_scale,
-            window=config.windows[layer],
+            window=window,
             softcap=config.attention_softcap,
-            q_norm=q_norm,
-            k_norm=k_norm,
+            clip=config.qkv_clip,
+            rope_style=None if row.rotates_window_only and window is None else row.rope,
+            tables=tables,
+            **{name: norm.value for name, norm in norms.items()},
         )
 
     return finish
 
 
-def _plan_mlp(plan: Plan, config: ModelConfig, key: str) -> Callable[[], MLP]:
-    row, hidden, inner = config.architecture, config.hidden_size, config.intermediate_size
-    gate = plan.linear(f"{key}.{row.gate}", hidden, inner, config.has_mlp_bias)
-    up = plan.linear(f"{key}.{row.up}", hidden, inner, config.has_mlp_bias)
+def _plan_mlp(plan: Plan, config: ModelConfig, key: str, inner: int | None = None) -> Callable[[], MLP]:
+    """inner: its size; None: that of an MLP which is no expert."""
+    row, hidden, inner = config.architecture, config.hidden_size, inner or config.intermediate_size
+    if row.gate is None:
+        pieces: Sequence[Any] = [plan.linear(f"{key}.{row.up}", hidden, inner, config.has_mlp_bias)]
+    else:
+        names, widths = [f"{key}.{row.gate}", f"{key}.{row.up}"], (inner, inner)
+        fused = row.fused_gate_up and f"{key}.{row.fused_gate_up}"
+        pieces = plan.side_by_side(names, fused, hidden, widths, config.has_mlp_bias, lambda array: split_rows(array, widths))
     down = plan.linear(f"{key}.{row.down}", inner, hidden, config.has_mlp_bias)
-    return lambda: MLP(gate.value, up.value, down.value, config.activation)
+
+    def finish() -> MLP:
+        *gate, up = (piece.value for piece in pieces)
+        return MLP(gate[0] if gate else None, up, down.value, config.activation)
+
+    return finish
 
 
 def _plan_experts(plan: Plan, config: ModelConfig, key: str) -> Callable[[], MoE]:
-    row = config.architecture
-    router = plan.linear(f"{key}.{row.router}", config.hidden_size, config.num_experts)
-    experts = [_plan_mlp(plan, config, f"{key}.{row.experts}.{expert}") for expert in range(config.num_experts)]
-    return lambda: MoE(router.value, [expert() for expert in experts], config.num_experts_per_tok)
+    row, count, inner = config.architecture, config.num_experts, config.expert_size
+    router = plan.linear(f"{key}.{row.router}", config.hidden_size, count)
+    within = f"{key}.{row.experts}"
+    if row.has_fused_experts and f"{within}.{row.gate}" in plan.checkpoint:
+        experts = _plan_fused_experts(plan, config, within)
+    else:
+        experts = [_plan_mlp(plan, config, f"{within}.{expert}", inner) for expert in range(count)]
+    options = {"renormalize": config.renormalizes_experts}
+    return lambda: MoE(router.value, [expert() for expert in experts], config.num_experts_per_tok, **options)
+
+
+def _plan_fused_experts(plan: Plan, config: ModelConfig, key: str) -> list[Callable[[], MLP]]:
+    row, hidden, inner, count = config.architecture, config.hidden_size, config.expert_size, config.num_experts
+    gates, ups = (plan.fused_experts(key, name, hidden, inner, count, False) for name in (str(row.gate), row.up))
+    downs = plan.fused_experts(key, row.down, inner, hidden, count, True)
+
+    def expert(gate: Piece, up: Piece, down: Piece) -> Callable[[], MLP]:
+        return lambda: MLP(gate.value, up.value, down.value, config.activation)
+
+    return [expert(*pieces) for pieces in zip(gates, ups, downs, strict=True)]

@@ -19,6 +19,7 @@ from cupyq.models.sampler import MAX_SEED, SamplerSettings
 from cupyq.models.warmup import compile_kernels
 from cupyq.ops.activation import softcap
 from cupyq.ops.attention import attention_workspace_size
+from cupyq.ops.elementwise import add
 from cupyq.ops.embedding import embedding
 from cupyq.ops.qmatmul import FUSED_ROWS, qmatmul_workspace_size
 
@@ -55,17 +56,20 @@ class Model:
         sin: Any,
         cos: Any,
         parameters: int,
+        places: Any = None,
     ):
+        """places: the embedding of learned positions, or None."""
         self.config, self.xp, self.dtype = config, xp, dtype
         self.embedding, self.layers, self.norm, self.head = embedding, list(layers), norm, head
-        self.sin, self.cos = sin, cos
+        self.sin, self.cos, self.places = sin, cos, places
         self.parameters = parameters
         """Weights of the whole model; tied ones count once."""
         self.kv_heads = config.num_key_value_heads
         """Of its attention and its caches."""
         self._adapters = AdapterTable(xp)
         self._compiled_caches = {"fp16"}  # kinds whose kernels are compiled; `load_model` sees to the first
-        self._embedding_scale = config.hidden_size**0.5 if config.architecture.scales_embedding else 1.0
+        # The residual is kept divided by what would multiply all that layers add to it: norms take that out again.
+        self._embedding_scale = config.embedding_scale / config.residual_scale
 
     @property
     def backend(self) -> str:
@@ -293,6 +297,9 @@ class Model:
     def hidden(self, ids: Any, step: Step) -> Any:
         """The residual after the last layer, float32 [batch, seq, hidden_size], of int32 ids [batch, seq] at this step."""
         hidden = embedding(ids, self.embedding, scale=self._embedding_scale, dtype=float32)
+        if self.places is not None:
+            places = step.positions[:, None] + self.xp.arange(ids.shape[1], dtype=np.int32)
+            hidden = add(hidden, embedding(places, self.places, dtype=float32), out=hidden)
         for layer in self.layers:
             hidden = layer(hidden, step, self.dtype)
         return hidden

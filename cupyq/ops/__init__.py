@@ -4,7 +4,7 @@ The names below shadow the modules that hold them: `cupyq.ops.attention` is the 
 `from cupyq.ops.attention import ...` as usual.
 """
 
-from cupyq.ops.activation import gelu, gelu_mul, relu, relu_mul, silu, silu_mul, softcap
+from cupyq.ops.activation import clamp, gelu, gelu_mul, relu, relu_mul, silu, silu_mul, softcap
 from cupyq.ops.advance import advance
 from cupyq.ops.attention import attention, attention_workspace_size, kv_length_bucket
 from cupyq.ops.cache_pages import cache_rotate, count_match
@@ -66,6 +66,7 @@ __all__ = [
     "attention",
     "attention_workspace_size",
     "cache_rotate",
+    "clamp",
     "combine_rows",
     "count_match",
     "decode_blocks",

@@ -1,4 +1,4 @@
-"""Activations of the MLP and the logits' soft cap, element by element."""
+"""Activations of the MLP, the logits' soft cap and the bounds of q, k and v, element by element."""
 
 import math
 
@@ -253,6 +253,40 @@ def _launch_softcap(x, cap, out):
     launch(instance("softcap", x.dtype, vector), *_grid(x.size, vector), (x, out, np.int64(x.size), np.float32(cap)))
 
 
+@accepts_dlpack
+def clamp(x, bound, *, out=None):
+    """y = min(max(x, -bound), bound)
+
+    x and y: one dtype of float16, bfloat16, float32; bound: a positive number, taken as float32 and then rounded to x's
+    dtype. Nothing else is rounded; NaN stays NaN. `out` may be x. Raises TypeError / ValueError for wrong dtypes, strides,
+    a bound that is not positive and finite or a partial overlap.
+    Source: DBRX's attention, `clip_qkv`.
+
+    >>> clamp(np.array([1.0, -np.inf], np.float32), 8.0)
+    array([ 1., -8.], dtype=float32)
+    """
+    if not 0 < np.float32(bound) < np.inf:
+        raise ValueError(f"bound must be a positive finite number, got {bound}: leave clamp out where there is none")
+    xp, out = _check(x, out)
+    if x.size == 0:
+        return out
+    if xp is np:
+        store(out, clamp_reference(x, bound))
+    else:
+        _launch_clamp(x, bound, out)
+    return out
+
+
+def clamp_reference(x, bound):
+    bound = float(np.float32(bound))
+    return np.clip(float64(x), -bound, bound)
+
+
+def _launch_clamp(x, bound, out):
+    vector = access_width(x.size, x, out)
+    launch(instance("clamp", x.dtype, vector), *_grid(x.size, vector), (x, out, np.int64(x.size), np.float32(bound)))
+
+
 INSTANCES = [
     *(_activate_instance(dtype, "SILU", True, 4 if dtype == float32 else 8) for dtype in FLOATS),
     *(_activate_instance(dtype, "GELU_TANH", True, 4 if dtype == float32 else 8) for dtype in FLOATS),
@@ -261,5 +295,6 @@ INSTANCES = [
     *(instance("softcap", dtype, 4 if dtype == float32 else 8) for dtype in FLOATS),
     _activate_instance(float32, "SILU", True, 1),
     instance("softcap", float32, 1),
+    *(instance("clamp", dtype, 4 if dtype == float32 else 8) for dtype in FLOATS),
 ]
 """What `cupyq compile` builds ahead; other combinations are compiled when first used."""

@@ -188,13 +188,15 @@ def rope_tables(rotary_dim, length, *, theta=10000.0, scaling=None, xp=np):
     the spelling of transformers, with rope_type (or type) one of
       default   no change
       linear    frequencies / factor
+      dynamic   where length is beyond max_position_embeddings L, theta * (factor * length / L - factor + 1)**(d / (d - 2))
+                with d = rotary_dim; all positions turn by the frequencies for this length
       llama3    long wavelengths / factor, short ones kept, a ramp between (low_freq_factor, high_freq_factor)
       yarn      fast-turning pairs kept, slow ones / factor, a ramp between (beta_fast, beta_slow); attention factor
       longrope  (also "su") frequencies / long_factor[i] where length is beyond original_max_position_embeddings, else
                 / short_factor[i]; attention factor
     The attention factor multiplies both tables. llama3, yarn and longrope measure by
     original_max_position_embeddings, the length before extension: where a checkpoint has that key (or
-    max_position_embeddings, from which longrope takes a missing factor) at top level only, put it into `scaling`.
+    max_position_embeddings, for dynamic and for a missing factor of longrope) at top level only, put it into `scaling`.
     Everything is computed in float64 on the host and rounded once; an angle is at most 1e-15 of itself off. Raises
     UnsupportedError for an unknown rope_type, FormatError for a missing or malformed key, ValueError for wrong sizes.
     Source: arXiv 2309.00071 (yarn), 2402.13753 (longrope), Llama 3.1's release (llama3); transformers,
@@ -247,6 +249,16 @@ def _default(frequencies, length, theta, scaling):
 
 def _linear(frequencies, length, theta, scaling):
     return frequencies / _number(scaling, "factor"), 1.0
+
+
+def _dynamic(frequencies, length, theta, scaling):
+    factor, usual = _number(scaling, "factor"), _number(scaling, "max_position_embeddings")
+    rotary_dim = 2 * frequencies.size
+    if length <= usual or rotary_dim == 2:  # a single pair turns by 1 whatever theta is
+        return frequencies, 1.0
+    stretch = factor * length / usual - (factor - 1)
+    # theta**(-2i / d) with theta stretched to the power of d / (d - 2)
+    return frequencies * stretch ** (-np.arange(0, rotary_dim, 2) / (rotary_dim - 2)), 1.0
 
 
 def _llama3(frequencies, length, theta, scaling):
@@ -305,6 +317,7 @@ def _longrope(frequencies, length, theta, scaling):
 _SCALINGS = {
     "default": _default,
     "linear": _linear,
+    "dynamic": _dynamic,
     "llama3": _llama3,
     "yarn": _yarn,
     "longrope": _longrope,

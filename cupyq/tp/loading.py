@@ -2,7 +2,7 @@
 
 import os
 from collections import deque
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -11,8 +11,11 @@ import numpy as np
 
 from cupyq.errors import BackendError
 from cupyq.formats.safetensors import Checkpoint
+from cupyq.layers import Linear
 from cupyq.models import ModelConfig, upload
-from cupyq.models.loader import Blueprint, Part, Plan, choose_dtype, read_config
+from cupyq.models.loader import Blueprint, choose_dtype, read_config
+from cupyq.models.parts import Part, Plan
+from cupyq.models.upload import Wanted
 from cupyq.models.warmup import compile_kernels
 from cupyq.tp.bootstrap import check_same, model_digest
 from cupyq.tp.comm import Comm
@@ -20,7 +23,7 @@ from cupyq.tp.layers import SummedLinear
 from cupyq.tp.model import RankModel, Share
 from cupyq.tp.plan import TPPlan
 from cupyq.tp.reading import linear_tensors, read_columns, read_rows
-from cupyq.tp.split import stored_features
+from cupyq.tp.split import stored_features, take_columns, take_rows
 
 _AHEAD = 2  # parts that are read while one is built
 
@@ -46,7 +49,7 @@ def load_model(
         config = read_config(path, max_seq_len)
         split = TPPlan.of(config, comm.ranks, weights)
         check_same(comm, {"model": model_digest(path)})  # first: another model has other sizes as well
-        parts = (split.heads, split.inner, split.vocab)
+        parts = (split.heads, split.inner, split.experts, split.vocab)
         check_same(comm, {"dtype": activations, "max_seq_len": config.max_seq_len, "weights": parts})
         with comm._on_device():
             with Checkpoint(path) as checkpoint:
@@ -70,26 +73,44 @@ class RankPlan(Plan):
         super().__init__(config, checkpoint, xp, activations)
         self.comm, self.split = comm, split
         row, rank = config.architecture, comm.rank
-        heads, kv_heads, inner = split.head_columns(rank), split.kv_columns(rank), split.inner[rank]
-        self._columns = {"q_proj": heads, "k_proj": kv_heads, "v_proj": kv_heads, row.gate: inner, row.up: inner}
-        self._columns["lm_head"] = split.vocab[rank]
-        self._rows = {"o_proj": heads, row.down: inner}
-        self._sizes: dict[str, tuple[int, int]] = {}
+        self._heads, self._kv_heads = split.heads[rank], split.kv_heads[rank]
+        heads, kv_heads = split.head_columns(rank), split.kv_columns(rank)
+        self._columns = {"q_proj": heads, "k_proj": kv_heads, "v_proj": kv_heads, "lm_head": split.vocab[rank]}
+        self._gates = [name for name in (row.gate, row.up) if name is not None]
         self._features: dict[str, range | np.ndarray] = {}  # of each MLP, by the key of its down projection
 
-    def linear(self, key: str, k: int, n: int, has_bias: bool = False, is_padded: bool = False) -> Part:
-        part = super().linear(key, k, n, has_bias, is_padded)
-        self._sizes[key] = k, self._stored_width(key) if is_padded else n
-        name, build = _last(key), part.build
-        if not all(self.held(key, k, n)):
-            part.build = lambda tensors: None
-        elif name == "o_proj" or (name == self.config.architecture.down and not self.config.num_experts):
-            part.build = lambda tensors: SummedLinear(build(tensors), self.comm)
-        return part
+    def _is_of_expert(self, key: str) -> bool:
+        row = self.config.architecture
+        return row.has_experts and f".{row.mlp}.{row.experts}." in key
+
+    def _inner(self, key: str) -> range:
+        """Inner features of an MLP, counted as its down projection stores them."""
+        return (self.split.experts if self._is_of_expert(key) else self.split.inner)[self.comm.rank]
+
+    def maker(self, key: str, make: Callable[[dict[str, Any]], Linear]) -> Callable[[dict[str, Any]], Any]:
+        name = _last(key)
+        if name in ("q_proj", "o_proj") and not self._heads or name in ("k_proj", "v_proj") and not self._kv_heads:
+            return lambda tensors: None
+        if name == "o_proj" or (name == self.config.architecture.down and not self._is_of_expert(key)):
+            return lambda tensors: SummedLinear(make(tensors), self.comm)
+        return make
 
     def held(self, key: str, k: int, n: int) -> tuple[int, int]:
         name = _last(key)
-        return len(self._rows.get(name, range(k))), len(self._columns.get(name, range(n)))
+        if name in self._gates:
+            return k, len(self._inner(key))
+        if name == self.config.architecture.down:
+            return len(self._inner(key)), n
+        if name == "o_proj":
+            return len(self._columns["q_proj"]), n
+        return k, len(self._columns.get(name, range(n)))
+
+    def head_norm(self, key: str, heads: int) -> Part:
+        part = super().head_norm(key, heads)
+        if self.config.architecture.has_norm_per_head:
+            mine, build = self._heads if _last(key) == "q_norm" else self._kv_heads, part.build
+            part.build = lambda tensors: build({name: array[mine.start : mine.stop] for name, array in tensors.items()})
+        return part
 
     def _stored_width(self, key: str) -> int:
         """Outputs of the head, those included that a quantizer has padded it with."""
@@ -100,24 +121,30 @@ class RankPlan(Plan):
 
     def shares(self) -> dict[str, Share]:
         """What this rank has of every linear layer."""
-        sizes = {"lm_head": (self.config.hidden_size, self.config.vocab_size)} | self._sizes  # the first: where it is tied
+        sizes = {"lm_head": (self.config.hidden_size, self.config.vocab_size)}  # also where it is tied
+        for part in self.parts:
+            sizes |= part.linears
         return {key: self._share(key, *size) for key, size in sizes.items()}
 
     def _share(self, key: str, k: int, n: int) -> Share:
         name, row = _last(key), self.config.architecture
         if name == "lm_head":
-            mine = self._columns[name]  # what pads it is the last rank's
+            mine, n = self._columns[name], self._stored_width(key)  # what pads it is the last rank's
             return Share(k, n, columns=range(mine.start, n if self.comm.rank == self.comm.ranks - 1 else mine.stop))
-        if name in (row.gate, row.up):
+        if name in self._gates:
             return Share(k, n, columns=self._features_of(f"{key.rpartition('.')[0]}.{row.down}"))
         if name == row.down:
             return Share(k, n, rows=self._features_of(key))
-        return Share(k, n, columns=self._columns.get(name), rows=self._rows.get(name))
+        if name == "o_proj":
+            return Share(k, n, rows=self._columns["q_proj"])
+        return Share(k, n, columns=self._columns.get(name))
 
     def _features_of(self, down: str) -> range | np.ndarray:
         """The inner features of an MLP: any may be a rank's, and those of a range of stored rows pad nothing."""
+        mine = self._inner(down)
+        if f"{down}.q_weight" not in self.checkpoint and f"{down}.qweight" not in self.checkpoint:
+            return mine
         if down not in self._features:
-            mine = self._rows[_last(down)]
             tensors = linear_tensors(self.checkpoint, down)
             chosen = stored_features(tensors, mine.start, mine.stop, group_size=self._group_size, name=down)
             is_range = bool((np.diff(chosen) == 1).all())
@@ -141,17 +168,37 @@ class RankPlan(Plan):
 
     def _placed(self, part: Part, coming: Any) -> tuple[Part, dict[str, Any]]:
         tensors = coming.result()
+        if part.take_apart is None:
+            tensors = self._on_device(tensors, part.tensors)
+        return part, tensors
+
+    def _on_device(self, tensors: dict[str, np.ndarray], wanted: Mapping[str, Wanted]) -> dict[str, Any]:
         if self.xp is np:
-            return part, tensors
-        stay = {short for short, wanted in part.tensors.items() if wanted.on_host} | {"g_idx", "row_input"}
-        return part, {short: array if short in stay else self.xp.asarray(array) for short, array in tensors.items()}
+            return tensors
+        stay = {short for short, tensor in wanted.items() if tensor.on_host} | {"g_idx", "row_input"}
+        return {short: array if short in stay else self.xp.asarray(array) for short, array in tensors.items()}
+
+    def taken_apart(self, part: Part, tensors: dict[str, np.ndarray]) -> Iterator[dict[str, Any]]:
+        """On the host, and of each layer what is this rank's."""
+        for (key, size), own in zip(part.linears.items(), part.take_apart(tensors), strict=True):
+            share = self._share(key, *size)
+            if share.is_empty:
+                yield {}
+                continue
+            options = {"group_size": self._group_size, "name": key}
+            if share.columns is not None:
+                own = take_columns(own, np.asarray(share.columns), **options)
+            if share.rows is not None:
+                own = take_rows(own, np.asarray(share.rows), **options)
+            yield self._on_device(own, part.tensors)
 
     def _tensors_of(self, part: Part) -> dict[str, np.ndarray]:
-        """This rank's tensors of a part, on the host."""
-        share = self._share(part.key, *self._sizes[part.key]) if part.key in self._sizes else None
-        if share is None or share.columns is share.rows is None:
-            ((_, whole),) = upload.read(self.checkpoint, [part], np)
-            return whole
+        """This rank's tensors of a part, on the host; of those that are to be taken apart, all."""
+        if part.take_apart is not None or part.key not in part.linears:
+            return self._whole(part)
+        share = self._share(part.key, *part.linears[part.key])
+        if share.columns is share.rows is None:
+            return self._whole(part)
         if share.is_empty:
             return {}
         if share.columns is not None:
@@ -166,6 +213,10 @@ class RankPlan(Plan):
             if wanted is not None or short in ("g_idx", "row_input"):  # those may be the part's alone
                 tensors[short] = array
         return tensors
+
+    def _whole(self, part: Part) -> dict[str, np.ndarray]:
+        ((_, whole),) = upload.read(self.checkpoint, [part], np)
+        return whole
 
 
 def _last(key: str) -> str:

@@ -37,6 +37,9 @@ class Sizes(Protocol):
     @property
     def vocab_size(self) -> int: ...
 
+    @property
+    def expert_size(self) -> int: ...
+
 
 @dataclass(frozen=True)
 class TPPlan:
@@ -50,8 +53,10 @@ class TPPlan:
     """KV heads of those query heads. Where there are more ranks than KV heads, neighbouring ranks hold the same one.
     On each rank, as in the model, every KV head serves equally many query heads."""
     inner: tuple[range, ...]
-    """Intermediate features, of an MLP or of every expert, best counted in the stored order of a quantized down projection
+    """Intermediate features of an MLP, best counted in the stored order of a quantized down projection
     (`split.stored_features`). Borders are multiples of 32."""
+    experts: tuple[range, ...]
+    """The same of every expert; all empty where there are none."""
     vocab: tuple[range, ...]
     """Vocabulary. Borders are multiples of 32; columns that pad a quantized head go to the last rank."""
 
@@ -69,13 +74,15 @@ class TPPlan:
         if not 1 <= ranks <= MAX_RANKS:
             raise ValueError(f"ranks must be from 1 to {MAX_RANKS}, got {ranks}")
         exact = _exact_weights(weights, ranks)
+        size = config.expert_size
         heads, kv_heads = _split_heads(config.num_attention_heads, config.num_key_value_heads, exact)
         return cls(
             ranks=ranks,
             head_dim=config.head_dim,
             heads=heads,
             kv_heads=kv_heads,
-            inner=_split_inner(config.intermediate_size, exact),
+            inner=_split_inner("intermediate_size", config.intermediate_size, exact),
+            experts=_split_inner("expert_size", size, exact) if size else (range(0),) * ranks,
             vocab=_split_units("vocab_size", config.vocab_size, UNIT, exact),
         )
 
@@ -174,11 +181,11 @@ def _shares_or_none(total: int, weights: Sequence[Fraction]) -> list[int]:
     return [int(rank in chosen) for rank in range(len(weights))]
 
 
-def _split_inner(size: int, weights: Sequence[Fraction]) -> tuple[range, ...]:
-    narrow = _split_units("intermediate_size", size, UNIT, weights)
+def _split_inner(what: str, size: int, weights: Sequence[Fraction]) -> tuple[range, ...]:
+    narrow = _split_units(what, size, UNIT, weights)
     if -(-size // WIDE_UNIT) < len(weights):
         return narrow
-    wide = _split_units("intermediate_size", size, WIDE_UNIT, weights)
+    wide = _split_units(what, size, WIDE_UNIT, weights)
     return wide if _fullest(wide, weights) <= _UNEVEN * _fullest(narrow, weights) else narrow
 
 

@@ -1,0 +1,223 @@
+"""A model's passes over pages: prompts in chunks, steps of a whole batch; on a GPU the latter as CUDA graphs."""
+
+import contextlib
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from cupyq.models.queues import HostQueue, StreamQueue
+from cupyq.ops._common import is_checking
+from cupyq.ops.attention import kv_length_bucket
+from cupyq.ops.cache_pages import cache_rotate
+from cupyq.serve.rows import Rows, _copy
+
+MOST_NEW = 16
+"""Tokens of a row that one step may verify."""
+
+
+def batch_class(rows: int) -> int:
+    """The batch that a graph is captured for: a power of two, or one and a half times one.
+
+    >>> [batch_class(rows) for rows in (1, 3, 5, 9, 13, 100)]
+    [1, 3, 6, 12, 16, 128]
+    """
+    power = 1 << (rows - 1).bit_length()
+    return power // 4 * 3 if power >= 4 and rows <= power // 4 * 3 else power
+
+
+class Engine:
+    """One model and its paged cache, of which it is told what lies where; rows 0 to `max_batch` - 1 are those of a batch.
+
+    Steps run on a stream of their own, which `join` orders with the caller's. `alone`: every row passes by itself, so that
+    its result is, bit for bit, that of a batch of one.
+    """
+
+    def __init__(
+        self, model: Any, pages: int, page_size: int, max_batch: int, kind: str, *, graph: bool = True, alone: bool = False
+    ):
+        self.model, self.xp, self.page_size, self.alone = model, model.xp, page_size, alone
+        # One page more, for what nobody will read: rows of a graph without a job, drafts beyond a job's pages.
+        self.batch = batch_class(max_batch)
+        self.cache = model.new_paged_cache(pages + 1, self.batch, page_size=page_size, kind=kind)
+        self.capacity = self.cache.capacity
+        self._nowhere = pages
+        self._table = np.full((self.batch, self.cache.max_pages), pages, np.int32)
+        self._table_changed = True
+        self.queue: Any = HostQueue() if model.xp is np else StreamQueue(model.xp, model.embedding.device.id)
+        # What CUPYQ_CHECK=1 reads back from the GPU cannot be part of a graph.
+        self._uses_graphs = graph and self.queue.has_graphs and not is_checking() and not alone
+        self._graphs: dict[tuple, tuple[Any, Any]] = {}
+        self._fed = self.xp.zeros(self.batch * MOST_NEW, np.int32)
+        self._at, self._until = (self.xp.zeros(self.batch, np.int32) for _ in range(2))
+
+    # --- streams ---
+
+    def join(self) -> None:
+        """Order what was queued by steps and by the caller before what either is given later."""
+        self.queue.join()
+
+    def on_device(self) -> Any:
+        """A context whose current device is the model's, in whichever thread."""
+        return contextlib.nullcontext() if self.xp is np else self.queue.cuda.Device(self.queue.device_id)
+
+    def stepping(self) -> Any:
+        """A context whose work is queued among the steps; its memory is of the usual pool."""
+        return contextlib.nullcontext() if self.xp is np else _on(self.queue)
+
+    # --- pages ---
+
+    def set_pages(self, row: int, pages: Sequence[int]) -> None:
+        """The pages of a row of the batch; without any, it has no job."""
+        self._table[row] = self._nowhere
+        self._table[row, : len(pages)] = pages
+        self._table_changed = True
+
+    def copy_page(self, source: int, to: int) -> None:
+        for array in self._arrays():
+            bits = array.view(np.uint8)  # of any dtype
+            bits[to] = bits[source]
+
+    def rotate(self, cycles: Sequence[Sequence[int]]) -> None:
+        for cycle in cycles:
+            order = self.xp.asarray(np.array(cycle, np.int32))
+            for array in self._arrays():
+                cache_rotate(array, order)
+
+    def _arrays(self) -> list[Any]:
+        """Every array that has pages along its first axis."""
+        parts = [*self.cache.k, *self.cache.v]
+        if not self.cache.holds_codes:
+            return parts
+        return [array for part in parts for array in (part.codes, part.scales) if array is not None]
+
+    def _upload_table(self) -> None:
+        if self._table_changed:
+            _copy(self.xp.asarray(self._table), self.cache.block_table)
+            self._table_changed = False
+
+    # --- passes ---
+
+    def prefill(self, tokens: Sequence[int], begin: int, pages: Sequence[int], adapters: Any = None) -> None:
+        """Keys and values of tokens at positions from `begin` on, into pages of their text. On the caller's stream."""
+        table = np.full((1, self.cache.max_pages), self._nowhere, np.int32)
+        table[0, : len(pages)] = pages
+        ids = self.xp.asarray(np.array([tokens], np.int32))
+        positions = self.xp.asarray(np.array([begin], np.int32))
+        end = begin + len(tokens)
+        lengths = self.xp.asarray(np.array([end], np.int32))
+        self._hidden(ids, positions, lengths, end, self.xp.asarray(table), self._select([adapters]))
+
+    def decode(self, rows: Rows, lengths: Sequence[int], adapters: Sequence[Any]) -> Any:
+        """Logits [count, vocab] after the next token of the first rows; lengths: how many keys each of them has then."""
+        count = len(lengths)
+        if self.alone:
+            ones = [slice(row, row + 1) for row in range(count)]
+            inputs = [(rows.ids[one, None], rows.positions[one], rows.lengths[one]) for one in ones]
+            return self._each_alone(inputs, lengths, adapters)
+        size = batch_class(count) if self._uses_graphs else count
+        arrays = (rows.ids[:size, None], rows.positions[:size], rows.lengths[:size])
+        return self._pass(arrays, max(lengths), adapters)[:count, 0]
+
+    def verify(self, fed: np.ndarray, at: np.ndarray, adapters: Sequence[Any]) -> Any:
+        """Logits [count, new, vocab] of tokens fed [count, new] at positions at, at + 1, ... of the first `count` rows."""
+        count, new = fed.shape
+        if self.alone:
+            ends = at + np.int32(new)
+            inputs = [tuple(self.xp.asarray(array[row : row + 1]) for array in (fed, at, ends)) for row in range(count)]
+            return self._each_alone(inputs, ends.tolist(), adapters).reshape(count, new, -1)
+        size = batch_class(count) if self._uses_graphs else count
+        host = np.zeros((size, new), np.int32), np.zeros(size, np.int32)
+        host[0][:count], host[1][:count] = fed, at
+        with self.stepping():
+            ids = self._fed[: size * new]
+            _copy(self.xp.asarray(host[0].ravel()), ids)
+            _copy(self.xp.asarray(host[1]), self._at[:size])
+            _copy(self.xp.asarray(host[1] + np.int32(new)), self._until[:size])
+        arrays = (ids.reshape(size, new), self._at[:size], self._until[:size])
+        return self._pass(arrays, int(at.max()) + new, adapters)[:count]
+
+    def _each_alone(self, inputs: Sequence[tuple], lengths: Sequence[int], adapters: Sequence[Any]) -> Any:
+        """Logits [all tokens, vocab] of rows that pass one by one, launch by launch."""
+        parts = []
+        selections = [self._select([choice]) for choice in adapters]
+        with self.queue.entered():
+            self._upload_table()
+            for row, ((ids, positions, ends), length) in enumerate(zip(inputs, lengths, strict=True)):
+                table, bound = self.cache.block_table[row : row + 1], kv_length_bucket(length, self.capacity)
+                parts.append(self._logits(ids, positions, ends, bound, table, selections[row])[0])
+            return self.xp.concatenate(parts)
+
+    def _pass(self, arrays: tuple[Any, Any, Any], longest: int, adapters: Sequence[Any]) -> Any:
+        """Logits [size, new, vocab]: a graph's where there is one for this batch, and captured where there may be."""
+        ids, positions, lengths = arrays
+        size, new = ids.shape
+        bound = kv_length_bucket(longest, self.capacity)
+        table = self.cache.block_table[:size]
+        # Graphs hold the addresses of adapters' weights, which come and go with the batch: such steps are launched one by one.
+        selection = self._select([*adapters, *[None] * (size - len(adapters))])
+        with self.stepping():
+            self._upload_table()
+        with self.queue.entered():
+            key = (size, new, bound)
+            if selection is None and key in self._graphs:
+                graph, logits = self._graphs[key]
+                graph.launch()
+                return logits
+            memory = self.queue.memory_bytes()
+            logits = self._logits(ids, positions, lengths, bound, table, selection)
+            if self.queue.memory_bytes() != memory:
+                self._graphs.clear()  # a pool that ran short has given back what is free now, where graphs have arrays
+            if self._uses_graphs and selection is None:
+                kept: list[Any] = []
+                compute = lambda: kept.append(self._logits(ids, positions, lengths, bound, table, None))  # noqa: E731
+                self._graphs[key] = (self.queue.captured(compute), kept[0])
+            return logits
+
+    def _logits(self, ids: Any, positions: Any, lengths: Any, bound: int, table: Any, selection: Any) -> Any:
+        hidden, step = self._hidden(ids, positions, lengths, bound, table, selection)
+        return self.model.logits(hidden, step)
+
+    def _hidden(self, ids: Any, positions: Any, lengths: Any, bound: int, table: Any, selection: Any) -> tuple[Any, Any]:
+        rows = copy.copy(self.cache)
+        rows.batch, rows.block_table = len(ids), table
+        step = self.model.step(rows, ids.shape[1], positions, lengths, bound, selection)
+        return self.model.hidden(ids, step), step
+
+    def _select(self, adapters: list[Any]) -> Any:
+        if all(choice is None for choice in adapters):
+            return None
+        return self.model.select_adapters(adapters, len(adapters))
+
+
+@contextlib.contextmanager
+def _on(queue: Any) -> Any:
+    with queue.cuda.Device(queue.device_id), queue.stream:
+        yield
+
+
+class Landing:
+    """Arrays on their way to the host, queued behind the steps so far: `receive` waits for them alone."""
+
+    def __init__(self, engine: Engine, arrays: dict[Any, Any]):
+        self._event = None
+        if engine.xp is np:
+            self._arrays = {name: array.copy() for name, array in arrays.items()}
+            return
+        cuda = engine.queue.cuda
+        self._arrays, self._memory = {}, []
+        with engine.stepping():
+            for name, array in arrays.items():
+                memory = cuda.alloc_pinned_memory(array.nbytes)
+                place = np.frombuffer(memory, array.dtype, array.size).reshape(array.shape)
+                array.get(stream=engine.queue.stream, out=place, blocking=False)
+                self._arrays[name] = place
+                self._memory.append(memory)
+            self._event = cuda.Event(disable_timing=True)
+            self._event.record(engine.queue.stream)
+
+    def receive(self) -> dict[Any, np.ndarray]:
+        if self._event is not None:
+            self._event.synchronize()
+        return self._arrays

@@ -1,0 +1,213 @@
+"""The rows of a batch, each drawn by settings of its own: texts and counters stay where the logits are and move on there."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from cupyq.models.sampler import SamplerSettings
+from cupyq.ops.advance import advance
+from cupyq.ops.penalties import PenaltyTable, penalize
+from cupyq.ops.sampling import SamplerTable, sample, sample_workspace_size
+
+_NEUTRAL = SamplerSettings.greedy()
+
+
+@dataclass(frozen=True)
+class RowState:
+    """Where a row stands: `token` is the last of `length` tokens and is fed next; `step` picks its next random number."""
+
+    token: int = 0
+    length: int = 1
+    step: int = 0
+    mu: float = 0.0
+    history: Sequence[int] = ()
+    """All tokens, where settings look back."""
+
+
+@dataclass(frozen=True)
+class RowSettings:
+    settings: SamplerSettings = field(default_factory=SamplerSettings.greedy)
+    seed: int = 0
+
+
+@dataclass
+class _Run:
+    """Rows begin to end - 1, which one call can draw."""
+
+    begin: int
+    end: int
+    table: SamplerTable
+    penalties: PenaltyTable | None
+    to_penalize: dict[str, Any]
+    to_sample: dict[str, Any]
+
+
+class Rows:
+    """`count` rows: ids, what is fed next; positions, where that goes; lengths, tokens of each; int32 [count] each.
+
+    They stay the same objects: a captured pass reads them. `draw` moves the rows it draws one token further.
+    """
+
+    def __init__(self, xp: Any, vocab_size: int, count: int):
+        self._xp, self._vocab_size, self.count = xp, vocab_size, count
+        self.ids, self.positions, self.lengths = (xp.zeros(count, np.int32) for _ in range(3))
+        self.lengths.fill(1)
+        self.steps = xp.zeros(count, np.int64)
+        self.mu = xp.zeros(count, np.float32)
+        self._history = xp.zeros((count, 0), np.int32)
+        self._runs: list[_Run] = []
+
+    # --- where they stand ---
+
+    def put(self, row: int, state: RowState, most: int = 0) -> None:
+        """Row `row` stands there now; its text may grow to `most` tokens, if its settings look back."""
+        self._put_many(row, [state], most if len(state.history) else 0)
+
+    def put_all(self, states: Sequence[RowState]) -> None:
+        """The first len(states) rows, in one go."""
+        self._put_many(0, states, max(len(state.history) for state in states))
+
+    def _put_many(self, row: int, states: Sequence[RowState], most: int) -> None:
+        end = row + len(states)
+        lengths = np.array([state.length for state in states], np.int32)
+        for array, values in (
+            (self.ids, np.array([state.token for state in states], np.int32)),
+            (self.positions, lengths - np.int32(1)),
+            (self.lengths, lengths),
+            (self.steps, np.array([state.step for state in states], np.int64)),
+            (self.mu, np.array([state.mu for state in states], np.float32)),
+        ):
+            _copy(self._xp.asarray(values), array[row:end])
+        if most:
+            self._widen(most)
+            for index, state in enumerate(states):
+                if len(state.history):
+                    said = self._xp.asarray(np.array(state.history, np.int32))
+                    _copy(said, self._history[row + index, : len(said)])
+
+    def move(self, source: int, to: int) -> None:
+        """Row `to` becomes what row `source` is, tokens included that the host has not seen."""
+        for array in (self.ids, self.positions, self.lengths, self.steps, self.mu):
+            _copy(array[source : source + 1], array[to : to + 1])
+        if self._history.shape[1]:
+            _copy(self._history[source], self._history[to])
+
+    def _widen(self, most: int) -> None:
+        if most > self._history.shape[1]:
+            wider = self._xp.zeros((self.count, 1 << (most - 1).bit_length()), np.int32)
+            wider[:, : self._history.shape[1]] = self._history
+            self._history = wider
+
+    # --- how they are drawn ---
+
+    def configure(self, rows: Sequence[RowSettings]) -> None:
+        """The settings of the first len(rows) rows."""
+        self._runs, begin = [], 0
+        for end in range(1, len(rows) + 1):
+            if end == len(rows) or _kind(rows[end].settings) != _kind(rows[begin].settings):
+                self._runs.append(self._run(begin, rows[begin:end]))
+                begin = end
+
+    def _run(self, begin: int, rows: Sequence[RowSettings]) -> _Run:
+        settings = [row.settings for row in rows]
+        looks_back = any(one.looks_back for one in settings)
+        to_penalize, to_sample = {}, {}
+        if looks_back and settings[0].dry_breakers:
+            to_penalize["dry_breakers"] = self._mask(settings[0].dry_breakers)
+        biased = max(len(one.token_bias) for one in settings)
+        if biased:
+            ids, bias = np.zeros((len(rows), biased), np.int32), np.zeros((len(rows), biased), np.float32)
+            for row, one in enumerate(settings):
+                # Of an id's biases the last counts: what fills a row up stands first, and adds nothing.
+                fill = biased - len(one.token_bias)
+                ids[row, :fill] = next(iter(one.token_bias), 0)
+                ids[row, fill:], bias[row, fill:] = list(one.token_bias), list(one.token_bias.values())
+            to_penalize |= {"bias_ids": self._xp.asarray(ids), "bias": self._xp.asarray(bias)}
+        if settings[0].xtc_protected:
+            to_sample["xtc_mask"] = self._xp.asarray(~self._host_mask(settings[0].xtc_protected))
+        if any(one.mirostat_tau > 0 for one in settings):
+            to_sample["mirostat_mu"] = self.mu[begin : begin + len(rows)]
+        workspace_size = sample_workspace_size(len(rows), self._vocab_size)
+        if workspace_size and self._xp is not np:
+            to_sample["workspace"] = self._xp.empty(workspace_size, np.uint8)
+        penalties = self._penalty_table(settings) if looks_back or biased else None
+        return _Run(begin, begin + len(rows), self._sampler_table(rows), penalties, to_penalize, to_sample)
+
+    def _sampler_table(self, rows: Sequence[RowSettings]) -> SamplerTable:
+        settings = [row.settings for row in rows]
+        lasts = [one.temperature_last and one.temperature > 0 for one in settings]
+        names = ["top_k", "top_p", "top_a", "min_p", "tfs", "typical", "mirostat_tau", "mirostat_eta", "min_temp", "max_temp"]
+        names += ["temp_exponent", "xtc_probability", "xtc_threshold", "skew"]
+        values = {name: [getattr(one, name) for one in settings] for name in names}
+        values["temperature"] = [1.0 if last else one.temperature for one, last in zip(settings, lasts, strict=True)]
+        values["post_temperature"] = [one.temperature if last else 1.0 for one, last in zip(settings, lasts, strict=True)]
+        values["smoothing"] = [one.smoothing_factor for one in settings]
+        seeds = np.array([row.seed for row in rows], np.uint64)
+        return SamplerTable(len(rows), self._xp, seed=seeds, **{name: _one_or_all(each) for name, each in values.items()})
+
+    def _penalty_table(self, settings: Sequence[SamplerSettings]) -> PenaltyTable:
+        names = {"repetition": "repetition_penalty", "frequency": "frequency_penalty", "presence": "presence_penalty"}
+        names |= {"sustain": "repetition_range", "decay": "repetition_decay"}
+        dry = ("dry_multiplier", "dry_base", "dry_allowed_length", "dry_max_ngram", "dry_range")
+        names |= {name: name for name in dry}
+        values = {to: [getattr(one if one.looks_back else _NEUTRAL, name) for one in settings] for to, name in names.items()}
+        return PenaltyTable(len(settings), self._xp, **{name: _one_or_all(each) for name, each in values.items()})
+
+    def draw(self, logits: Any, allowed: Mapping[int, np.ndarray] | None = None) -> Any:
+        """`ids` of the rows that settings were given for, drawn from float32 logits [rows, vocab], which penalties change.
+
+        allowed: masks bool [vocab] of the rows that have one. -1 stands for a row without a finite logit.
+        """
+        allowed = allowed or {}
+        for run in self._runs:
+            rows = slice(run.begin, run.end)
+            part, masks = logits[rows], self._masks(run, allowed)
+            if run.penalties is not None or masks is not None:
+                table = run.penalties or PenaltyTable(run.end - run.begin, self._xp)
+                lengths = self.lengths[rows] if self._history.shape[1] else None
+                penalize(part, self._history[rows], lengths, table=table, allowed=masks, out=part, **run.to_penalize)
+            sample(part, table=run.table, step=self.steps[rows], out=self.ids[rows], **run.to_sample)
+        count = self._runs[-1].end
+        history = self._history[:count] if self._history.shape[1] else None
+        advance(*(array[:count] for array in (self.ids, self.positions, self.lengths, self.steps)), None, history)
+        return self.ids[:count]
+
+    def _masks(self, run: _Run, allowed: Mapping[int, np.ndarray]) -> Any:
+        if not any(row in allowed for row in range(run.begin, run.end)):
+            return None
+        masks = np.ones((run.end - run.begin, self._vocab_size), bool)
+        for row in range(run.begin, run.end):
+            if row in allowed:
+                masks[row - run.begin] = allowed[row]
+        return self._xp.asarray(masks)
+
+    def _host_mask(self, ids: Sequence[int]) -> np.ndarray:
+        mask = np.zeros(self._vocab_size, bool)
+        mask[list(ids)] = True
+        return mask
+
+    def _mask(self, ids: Sequence[int]) -> Any:
+        return self._xp.asarray(self._host_mask(ids))
+
+
+def _kind(settings: SamplerSettings) -> tuple:
+    """What all rows of one call have in common."""
+    breakers = tuple(settings.dry_breakers) if settings.dry_multiplier > 0 else ()
+    return breakers, tuple(settings.xtc_protected) if settings.xtc_probability > 0 else ()
+
+
+def _one_or_all(values: list) -> Any:
+    """One number where all rows have the same: ops then take their shorter ways."""
+    if all(value == values[0] for value in values):
+        return values[0]
+    return np.array(values)
+
+
+def _copy(source: Any, target: Any) -> None:
+    """target[...] = source, arrays of one size and dtype; CuPy would compile a kernel for this."""
+    if isinstance(target, np.ndarray):
+        target[...] = source
+    else:
+        target.data.copy_from_device_async(source.data, target.nbytes)
