@@ -88,7 +88,7 @@ class Scripted:
     `others`: {position: tokens} next in line there, should the first be forbidden. No keys, no values.
     """
 
-    xp, backend = np, "numpy"
+    xp, backend, is_part = np, "numpy", False
 
     def __init__(self, script, vocab_size=1024, others=None, context=512, eos=()):
         self.config = SimpleNamespace(vocab_size=vocab_size, max_seq_len=context, eos_token_ids=eos)

@@ -319,6 +319,9 @@ class Model:
 
     # --- what a model of which others hold parts does in another way ---
 
+    is_part = False
+    """Whether others hold parts of this model, and must be asked to do what it does."""
+
     def _joined(self, logits: Any) -> Any:
         """All columns of logits, of which this model's head made its part."""
         return logits

@@ -126,6 +126,7 @@ def quantize_model(
     config = ModelConfig.from_file(source)
     with Checkpoint(source) as checkpoint:
         writer.refuse_quantized(config, checkpoint)
+        writer.refuse_architecture(config, checkpoint)
         writer.check_shards(checkpoint)
         with LayerWalk(source, backend, dtype=dtype, batch_tokens=batch_tokens) as walk:
             plan = Plan(request, source, work, checkpoint, walk, shows=progress, say=say or (lambda line: None))

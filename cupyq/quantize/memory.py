@@ -119,7 +119,8 @@ def _hessian_bytes(walk: LayerWalk, shapes: Shapes, by_stage: bool) -> int:
     found: dict[Any, list[tuple[int, bool]]] = {}
     for name, (k, _) in shapes.items():
         short = name.rpartition(".")[2]
-        if name != HEAD and short not in ("k_proj", "v_proj", row.up):  # these read what q and gate read
+        # These read what q and gate read.
+        if name != HEAD and short not in ("k_proj", "v_proj") and (row.gate is None or short != row.up):
             is_expert = row.has_experts and f".{row.experts}." in name
             found.setdefault((name.split(".")[2], short if by_stage else None), []).append((k, is_expert))
     return max(map(gather.most_bytes, found.values()))

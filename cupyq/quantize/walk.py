@@ -115,13 +115,11 @@ class LayerWalk:
         plan = self._blueprint
         parts = [part for layer in plan.layers for part in (*layer.attention, *layer.mlp)]
         parts += [plan.head] if plan.head is not None else []
-        found = {}
+        found: dict[str, tuple[int, int]] = {}
         for part in parts:
             if "weight" not in part.tensors:
                 raise UnsupportedError(f"{plan.checkpoint.folder}: {part.key} is quantized already: take the original model")
-            shape = plan.checkpoint.info(part.tensors["weight"].name).shape
-            if len(shape) == 2 and not self._is_router(part.key):
-                found[part.key] = shape[::-1]
+            found |= {key: shape for key, shape in part.linears.items() if not self._is_router(key)}
         found.setdefault(HEAD, (self.config.hidden_size, self.config.vocab_size))
         return found
 
@@ -208,7 +206,8 @@ class LayerWalk:
         """
         if not feeds:
             return {}
-        recorder = PairRecorder(layer, original, feeds, self._run, self.config.rms_norm_eps)
+        eps = self.config.rms_norm_eps / self.config.residual_scale**2  # the residual is kept divided by that scale
+        recorder = PairRecorder(layer, original, feeds, self._run, eps)
         tokens = dict.fromkeys(feeds, 0)
         for (target, batch), (_, other) in zip(self.batches(hidden), self.batches(original_hidden), strict=True):
             for name, count in recorder.record(batch.copy() if batch is target else batch, other).items():

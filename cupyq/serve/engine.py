@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from cupyq.errors import UnsupportedError
 from cupyq.models.queues import HostQueue, StreamQueue
 from cupyq.ops._common import is_checking
 from cupyq.ops.attention import kv_length_bucket
@@ -37,6 +38,10 @@ class Engine:
     def __init__(
         self, model: Any, pages: int, page_size: int, max_batch: int, kind: str, *, graph: bool = True, alone: bool = False
     ):
+        if model.is_part:
+            raise UnsupportedError(
+                "model is one rank's part: a Generator takes whole models; ranks use generate or model.decoder"
+            )
         self.model, self.xp, self.page_size, self.alone = model, model.xp, page_size, alone
         # One page more, for what nobody will read: rows of a graph without a job, drafts beyond a job's pages.
         self.batch = batch_class(max_batch)

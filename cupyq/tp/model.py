@@ -42,7 +42,7 @@ class RankModel(Model):
     def __init__(self, *, comm: Comm, plan: TPPlan, shares: Mapping[str, Share], **parts: Any):
         """shares: of every linear layer, by its key in the checkpoint. parts: what Model takes."""
         super().__init__(**parts)
-        self.comm, self.plan = comm, plan
+        self.comm, self.plan, self.is_part = comm, plan, comm.ranks > 1
         self.kv_heads = len(plan.kv_heads[comm.rank])
         self._shares = shares
         self._vocab_sizes = [len(part) for part in plan.vocab]
