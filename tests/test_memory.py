@@ -17,7 +17,10 @@ GPTQ = {"bits": 4, "format": "gptq", "group_size": 32}
 PHASES = {
     "residuals": ({}, GPTQ | {"rows": 400, "length": 64, "batch_tokens": 1024}),
     "activations": ({}, GPTQ | {"rows": 100, "length": 64, "batch_tokens": 1 << 20}),
-    "attention": ({"max_position_embeddings": 1024}, GPTQ | {"rows": 2, "length": 1024}),
+    "attention": (
+        {"max_position_embeddings": 1024, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8},
+        GPTQ | {"rows": 2, "length": 1024, "batch_tokens": 1024},
+    ),
     "sensitivity": ({}, {"rows": 40, "length": 64, "sensitivity_tokens": 40 * 64, "batch_tokens": 512}),
     "hessians": ({"intermediate_size": 768, "num_hidden_layers": 1}, GPTQ | {"rows": 10, "length": 64, "batch_tokens": 256}),
     "experts": (

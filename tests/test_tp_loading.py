@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 from architecture_cases import CASES, EXPERTS, IDS, LENGTHS, SEQ, write
+from kernel_checks import host
 from random_layers import random_gptq
 from safetensors.numpy import load_file
 from test_architectures import goldens, is_exact, relative, rewritten
 from test_models import ARCH, EXAMPLES, folder_of, loaded, variant
-from tp_checks import in_threads
+from tp_checks import in_threads, several_gpus  # noqa: F401
 
 from cupyq import tp
 from cupyq.errors import BackendError, FormatError
@@ -101,23 +102,28 @@ def written(folder, name, monkeypatch):
     return write(folder, name)
 
 
+def in_steps(model):
+    """Logits of all tokens at once, and of a prompt and single tokens through a cache."""
+    cache = model.new_cache(capacity=SEQ)
+    parts = [model.forward(IDS[:, :7], cache)] + [model.forward(IDS[:, i : i + 1], cache) for i in range(7, SEQ)]
+    return host(model.forward(IDS)), np.concatenate([host(part) for part in parts], axis=1)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_every_architecture(tmp_path, monkeypatch, name):
     """Norms of other kinds, biases, parallel parts, fused and transposed tensors, other names, several windows, ..."""
     folder, ranks = written(tmp_path, name, monkeypatch), 2 if name.startswith("qwen3-moe") else 3
     options = {"max_seq_len": LENGTHS.get(name)}
+    one = load_model(folder, "numpy", **options)
+    expected = in_steps(one)
 
-    def work(model):
-        cache = model.new_cache(capacity=SEQ)
-        parts = [model.forward(IDS[:, :7], cache)] + [model.forward(IDS[:, i : i + 1], cache) for i in range(7, SEQ)]
-        return model.forward(IDS), np.concatenate(parts, axis=1), model.parameters
+    def work(comm):
+        model = tp.load_model(folder, comm, **options)
+        return in_steps(model), model.parameters
 
-    expected = work(load_model(folder, "numpy", **options))
-    for found in tp.run(lambda comm: work(tp.load_model(folder, comm, **options)), ranks, backend="numpy"):
-        assert relative(found[0], expected[0]) <= FLOAT32 and relative(found[1], expected[1]) <= FLOAT32
-        assert found[2] == expected[2]
-    if name in goldens() and not name.startswith(("qwen3-moe", "dbrx")):
-        assert is_exact(found[0][0], goldens()[name])
+    for found, parameters in tp.run(work, ranks, backend="numpy"):
+        assert all(relative(*pair) <= FLOAT32 for pair in zip(found, expected, strict=True)) and parameters == one.parameters
+        assert name.startswith(("qwen3-moe", "dbrx")) or is_exact(found[0][0], goldens()[name])
 
 
 @pytest.mark.parametrize("is_act_order", [False, True])
@@ -185,3 +191,17 @@ def test_a_damaged_file_on_one_rank_ends_all(tmp_path, monkeypatch):
     monkeypatch.setattr(tp.loading.RankPlan, "_tensors_of", fail)
     errors = on_ranks(2, lambda comm: tp.load_model(LLAMA, comm), stall_s=20)
     assert isinstance(errors[1], FormatError) and "rank 1 failed: FormatError: model.safetensors: cut short" in str(errors[0])
+
+
+# --- on GPUs ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["gpt2", "gpt-bigcode", "dbrx", "phi3", "cohere-head-norms", "gemma3", "granite", "index"])
+def test_architectures_on_gpus(several_gpus, tmp_path, monkeypatch, name):  # noqa: F811
+    folder = written(tmp_path, name, monkeypatch)
+    exact = load_model(folder, "numpy").forward(IDS)
+    most = 2 * relative(load_model(folder, "numpy", dtype="float16").forward(IDS), exact) + 2**-11
+    ranks = tp.run(lambda comm: in_steps(tp.load_model(folder, comm)), 2, backend="cupy")
+    assert all(relative(logits, exact) <= most for found in ranks for logits in found)
+    assert all(np.array_equal(*pair) for pair in zip(*ranks, strict=True))

@@ -193,10 +193,10 @@ class Plan:
         tensors = {short: Wanted(name, float32, on_host=True) for short, name in names.items()}
         return self._add(key, tensors, build, len(names) * int(np.prod(shape)))
 
-    def head(self, key: str, k: int, n: int) -> Part | Piece:
-        """The linear layer that makes logits."""
+    def head(self, key: str, k: int, n: int) -> Part:
+        """The linear layer that makes logits; N may be rounded up to 32."""
         if not self.config.normalizes_head or f"{key}.weight" not in self.checkpoint:
-            return self.linear(key, k, n, is_padded=True)
+            return self._whole_linear(key, k, n, is_padded=True)
         name = f"{key}.weight"
         self._require(name, (n, k))
         stored = self.checkpoint.info(name).dtype
@@ -229,8 +229,8 @@ class Plan:
     ) -> Sequence[Piece]:
         """Unquantized layers of one input that are stored in one, or one that is stored the other way round."""
         (k, *_), widths = zip(*linears.values(), strict=True)
-        tensors, is_transposed = self._plain_weight(stored, k, sum(widths)), self._is_transposed(stored)
-        tensors |= self._bias(stored, sum(widths), has_bias)
+        is_transposed = self.config.architecture.is_transposed
+        tensors = self._plain_weight(stored, k, sum(widths), is_transposed) | self._bias(stored, sum(widths), has_bias)
         dtype = self.checkpoint.info(f"{stored}.weight").dtype
 
         def take_apart(tensors: dict[str, Any]) -> Iterable[dict[str, Any]]:
@@ -287,23 +287,24 @@ class Plan:
         tensors = {"weight": Wanted(key, self.weight_dtype)}
         return self._add_apart(key, tensors, linears, experts * inputs * outputs, take_apart, make)
 
-    def _is_transposed(self, key: str) -> bool:
-        return self.config.architecture.is_transposed and key != "lm_head"
-
-    def _plain_weight(self, key: str, k: int, n: int) -> dict[str, Wanted]:
-        self._require(f"{key}.weight", (k, n) if self._is_transposed(key) else (n, k))
+    def _plain_weight(self, key: str, k: int, n: int, is_transposed: bool = False) -> dict[str, Wanted]:
+        self._require(f"{key}.weight", (k, n) if is_transposed else (n, k))
         return {"weight": Wanted(f"{key}.weight", self.weight_dtype)}
 
-    def linear(self, key: str, k: int, n: int, has_bias: bool = False, is_padded: bool = False) -> Part | Piece:
-        """EXL2, GPTQ or unquantized, whichever tensors there are. `is_padded`: N may be rounded up to 32 (lm_head)."""
+    def linear(self, key: str, k: int, n: int, has_bias: bool = False) -> Part | Piece:
+        """EXL2, GPTQ or unquantized, whichever tensors there are."""
+        is_quantized = any(f"{key}.{first}" in self.checkpoint for first in ("q_weight", "qweight"))
+        if self.config.architecture.is_transposed and not is_quantized:
+            return self._plain_apart(key, {key: (k, n)}, has_bias, lambda array: [array])[0]
+        return self._whole_linear(key, k, n, has_bias)
+
+    def _whole_linear(self, key: str, k: int, n: int, has_bias: bool = False, is_padded: bool = False) -> Part:
         parameters = k * n + n * has_bias
         if f"{key}.q_weight" in self.checkpoint:
             names: tuple[str, ...] = _EXL2_TENSORS
         elif f"{key}.qweight" in self.checkpoint:
             names = ("qweight", "qzeros", "scales")
             names += ("g_idx",) * (f"{key}.g_idx" in self.checkpoint)
-        elif self._is_transposed(key):
-            return self._plain_apart(key, {key: (k, n)}, has_bias, lambda array: [array])[0]
         else:
             tensors = self._plain_weight(key, k, n) | self._bias(key, n, has_bias)
             dtype = self.checkpoint.info(f"{key}.weight").dtype

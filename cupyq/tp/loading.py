@@ -185,11 +185,10 @@ class RankPlan(Plan):
             if share.is_empty:
                 yield {}
                 continue
-            options = {"group_size": self._group_size, "name": key}
             if share.columns is not None:
-                own = take_columns(own, np.asarray(share.columns), **options)
+                own = take_columns(own, np.asarray(share.columns), group_size=self._group_size, name=key)
             if share.rows is not None:
-                own = take_rows(own, np.asarray(share.rows), **options)
+                own = take_rows(own, np.asarray(share.rows), group_size=self._group_size, name=key)
             yield self._on_device(own, part.tensors)
 
     def _tensors_of(self, part: Part) -> dict[str, np.ndarray]:
