@@ -104,7 +104,7 @@ class Scripted:
     def select_adapters(self, adapters, batch):
         return None
 
-    def step(self, cache, new, positions, lengths, bound, selection):
+    def step(self, cache, new, positions, lengths, selection):
         return positions[:, None] + np.arange(new)
 
     def hidden(self, ids, step):

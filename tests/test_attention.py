@@ -15,7 +15,7 @@ from kernel_checks import sylvester
 from cupyq import _device, _kernels
 from cupyq.formats import kv_cache
 from cupyq.ops._common import is_checking
-from cupyq.ops.attention import attention, attention_reference, attention_workspace_size, kv_length_bucket
+from cupyq.ops.attention import attention, attention_reference, attention_workspace_size
 from cupyq.ops.kv_codec import CacheCodes
 
 module = importlib.import_module("cupyq.ops.attention")  # the op of the same name hides the module
@@ -290,7 +290,7 @@ def test_numpy_rounds_the_reference_once(dtype):
     q, k, v = make(np.random.default_rng(3), dtype, 2, 3, 7, 4, 1, 16, batch_capacity=3)
     lengths = np.array([7, 5], np.int32)
     exact = plain_loops(q, k[:2], v[:2], kv_lengths=lengths)
-    result = attention(q, k, v, kv_lengths=lengths, max_kv_length=7)
+    result = attention(q, k, v, kv_lengths=lengths)
     assert result.dtype == dtype and result.shape == q.shape
     np.testing.assert_allclose(result.astype(np.float64), exact, rtol=1.01 * ULP[dtype], atol=1e-7)
     out = np.full_like(q, np.nan)
@@ -415,7 +415,6 @@ def _bad_calls(xp):
         "softcap": (ValueError, "softcap must be a positive", (q, k, k), {"softcap": -1.0}),
         "window zero": (ValueError, "window must be", (q, k, k), {"window": 0}),
         "window -1": (ValueError, "window must be", (q, k, k), {"window": -1}),
-        "max_kv_length": (ValueError, "max_kv_length must be", (q, k, k), {"max_kv_length": 2.5}),
         "kv_lengths dtype": (TypeError, "kv_lengths must have dtype int32", (q, k, k), {"kv_lengths": q[:, 0, 0, 0]}),
         "kv_lengths shape": (ValueError, "kv_lengths must have shape", (q, k, k), {"kv_lengths": lengths[:1]}),
         "out dtype": (TypeError, "out must have dtype", (q, k, k), {"out": zeros(2, 3, 4, 16, dtype=np.float32)}),
@@ -549,16 +548,16 @@ def test_what_a_kernel_is_told():
     """Sizes and options as kernels take them, from a call in pages and from a contiguous one."""
     q, k = np.zeros((5, 6, 64), np.float16), CacheCodes.zeros(np, (7, 16, 2, 64), "q4")
     tables = {"block_table": np.zeros((2, 3), np.int32), "query_starts": lengths_of(0, 2, 5), "kv_lengths": lengths_of(9, 9)}
-    p = module._checked(q, k, k, None, True, None, None, None, sinks=None, **tables)
+    p = module._checked(q, k, k, None, True, None, None, sinks=None, **tables)
     assert (p.batch, p.most_queries, p.heads, p.kv_heads, p.group, p.head_dim) == (2, 5, 6, 2, 3, 64)
     assert (p.capacity, p.page_size, p.max_pages, p.pages, p.is_paged) == (48, 16, 3, 7, True)
-    assert (p.kernel_window, p.kernel_softcap, p.scale, p.max_kv_length) == (48, 0.0, 0.125, 48)
+    assert (p.kernel_window, p.kernel_softcap, p.scale) == (48, 0.0, 0.125)
     assert all(getattr(p, name) is table for name, table in tables.items())
     tables = dict.fromkeys(("sinks", "kv_lengths", "block_table", "query_starts"))
     q, k = np.zeros((3, 4, 2, 8), np.float32), np.zeros((5, 3000, 1, 8), np.float32)
-    p = module._checked(q, k, k, 2, False, 70, 9, 300, **tables)
+    p = module._checked(q, k, k, 2, False, 70, 9, **tables)
     assert (p.batch, p.most_queries, p.capacity, p.page_size, p.max_pages, p.pages) == (3, 4, 3000, 3000, 1, 5)
-    assert (p.causal, p.window, p.kernel_window, p.kernel_softcap, p.max_kv_length) == (False, 70, 70, 9.0, 512)
+    assert (p.causal, p.window, p.kernel_window, p.kernel_softcap) == (False, 70, 70, 9.0)
     assert not p.is_paged
 
 
@@ -587,14 +586,6 @@ def test_wide_heads_do_not_spill(arch):
 
 def test_tiles_of_an_h100():
     assert module.pick_prefill_config(128, "sm_90a") == module.PrefillConfig(warps=8, tile_keys=64)
-
-
-def test_buckets():
-    assert [kv_length_bucket(n, 10_000) for n in (0, 1, 256, 257, 512, 513, 8193)] == [256, 256, 256, 512, 512, 1024, 10_000]
-    assert kv_length_bucket(5, 100) == kv_length_bucket(500, 100) == 100 and kv_length_bucket(5, 0) == 0
-    for length in range(1, 3000):
-        bucket = kv_length_bucket(length, 3000)
-        assert bucket >= length and kv_length_bucket(bucket, 3000) == bucket
 
 
 # --- kernels --------------------------------------------------------------------------------------------------------
@@ -632,7 +623,7 @@ def on_gpu(cupy, q, k, v, *, offset=64, **options):
 def verify(cupy, q, k, v, meets_transform=False, **options):
     """Kernel against reference, with NaN where nobody may look. meets_transform: q is multiplied with transformed keys."""
     poison(q, k, v, **options)
-    host = {name: value for name, value in options.items() if name not in ("max_kv_length", "offset", "workspace")}
+    host = {name: value for name, value in options.items() if name not in ("offset", "workspace")}
     result = on_gpu(cupy, q, k, v, **options)
     assert_close(result, exact_of(q, k, v, **host), same_dtype(q, k, v, meets_transform=meets_transform, **host))
     return result
@@ -713,7 +704,6 @@ def test_kernels_on_random_shapes(cupy, dtype):
             "window": None if rng.integers(2) else int(rng.integers(1, capacity + 9)),
             "softcap": None if rng.integers(3) else float(rng.uniform(0.5, 30)),
             "kv_lengths": rng.integers(0, capacity + 1, batch).astype(np.int32),
-            "max_kv_length": None if rng.integers(2) else int(rng.integers(0, capacity + 1)),
         }
         sharpness = rng.choice([0.1, 2.0, 6.0])
         arrays = make(rng, dtype, batch, seq, capacity, kv_heads * group, kv_heads, 64, sharpness=sharpness)
@@ -831,10 +821,9 @@ def test_many_sequences(cupy, dtype):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("max_kv_length", [None, 10])
-def test_a_long_cache(cupy, dtype, max_kv_length):
+def test_a_long_cache(cupy, dtype):
     arrays = make(np.random.default_rng(8), dtype, 1, 1, 100_010, 3, 1, 64, sharpness=3.0)
-    verify(cupy, *arrays, kv_lengths=lengths_of(100_003), max_kv_length=max_kv_length)
+    verify(cupy, *arrays, kv_lengths=lengths_of(100_003))
 
 
 @pytest.mark.gpu
@@ -880,18 +869,15 @@ def test_same_bits_again_with_workspace_and_in_place(cupy, dtype, seq):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-def test_every_bound_that_holds_gives_the_same_bits(cupy, dtype):
-    """And one workspace serves calls of many sizes in turn."""
+def test_one_workspace_serves_calls_of_many_sizes(cupy, dtype):
+    """In turn, with the bits of calls without one."""
     workspace = cupy.zeros(attention_workspace_size(128), np.float32)
     rng = np.random.default_rng(17)
     for heads, kv_heads, seq in ((8, 2, 1), (8, 8, 1), (20, 1, 3)):
         q, k, v = map(cupy.asarray, make(rng, dtype, 2, seq, 5000, heads, kv_heads, 128))
         for longest in (1, 63, 65, 300, 1000, 4097):
             lengths = cupy.asarray(lengths_of(longest, longest // 3 + 1))
-            results = {
-                attention(q, k, v, kv_lengths=lengths, max_kv_length=bound, workspace=given).get().tobytes()
-                for bound, given in itertools.product((longest, kv_length_bucket(longest, 5000), None), (workspace, None))
-            }
+            results = {attention(q, k, v, kv_lengths=lengths, workspace=given).get().tobytes() for given in (workspace, None)}
             assert len(results) == 1
 
 

@@ -15,7 +15,7 @@ from cupyq.errors import UnsupportedError
 from cupyq.formats import kv_cache
 from cupyq.ops import attention_decode as module
 from cupyq.ops.advance import advance
-from cupyq.ops.attention import attention_reference, kv_length_bucket
+from cupyq.ops.attention import attention_reference
 from cupyq.ops.attention_problem import AttentionProblem
 from cupyq.ops.kv_codec import CacheCodes
 
@@ -32,7 +32,7 @@ def int32(*values):
 # --- problems and oracles ---------------------------------------------------------------------------------------------
 
 
-def problem_of(q, k, *, scale=None, causal=True, window=None, softcap=None, max_kv_length=None, **tables):
+def problem_of(q, k, *, scale=None, causal=True, window=None, softcap=None, **tables):
     *_, heads, head_dim = q.shape
     pages, page_size, kv_heads, _ = k.shape
     starts, table = tables.get("query_starts"), tables.get("block_table")
@@ -52,12 +52,11 @@ def problem_of(q, k, *, scale=None, causal=True, window=None, softcap=None, max_
         window=window,
         scale=head_dim**-0.5 if scale is None else scale,
         softcap=softcap,
-        max_kv_length=capacity if max_kv_length is None else kv_length_bucket(max_kv_length, capacity),
         **tables,
     )
 
 
-def reference_of(q, k, v, *, scale=None, causal=True, window=None, softcap=None, max_kv_length=None, **tables):
+def reference_of(q, k, v, *, scale=None, causal=True, window=None, softcap=None, **tables):
     """Float64, from the values a cache decodes to."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     lengths = tables.pop("kv_lengths", None)
@@ -132,7 +131,6 @@ def attend(q, k, v, *, scale=None, causal=True, window=None, softcap=None, round
 
 def verify_result(result, q, k, v, options):
     """Within twice the worst error of low-precision arithmetic and one rounding, per element and for the norm."""
-    options = {name: value for name, value in options.items() if name != "max_kv_length"}
     dtype, math_dtype = q.dtype, q.dtype if isinstance(v, np.ndarray) else float16
     exact = attend(q.astype(np.float64), ideal(k), ideal(v), **options)
     q_low, (keys, is_transformed) = q.astype(np.float32), stored(k)
@@ -288,7 +286,7 @@ def plans():
 def test_plans_hold_every_share(sm_count):
     """Blocks enough for all shares, and a place of its own for every part and every counter."""
     for q, k, window, lengths in plans():
-        problem = problem_of(q, k, window=window, max_kv_length=int(lengths.max()))
+        problem = problem_of(q, k, window=window)
         plan, heads = module.plan_shares(problem, 2 * sm_count), problem.kv_heads
         share, begins, sizes = shares_in_the_kernel(problem, plan, lengths.tolist())
         if share is None:
@@ -307,13 +305,6 @@ def test_plans_hold_every_share(sm_count):
         assert plan.counters <= module._COUNTERS
         needed = module._COUNTERS + plan.parts * plan.part_floats(64)
         assert needed <= module.attention_workspace_size(64, sm_count=sm_count)
-
-
-def test_the_plan_does_not_depend_on_the_bound():
-    for q, k, window, lengths in plans():
-        bounds = (int(lengths.max()), int(lengths.max()) + 1, None)
-        problems = [problem_of(q, k, window=window, max_kv_length=bound) for bound in bounds]
-        assert len({module.plan_shares(problem, 264) for problem in problems}) == 1
 
 
 def test_what_is_not_split():
@@ -523,7 +514,6 @@ def test_random_shapes(cupy, dtype):
             "softcap": None if rng.integers(3) else float(rng.uniform(0.5, 30)),
             "sinks": None if rng.integers(2) else rng.uniform(-5, 5, heads).astype(np.float32),
             "kv_lengths": rng.integers(0, capacity + 1, batch).astype(np.int32),
-            "max_kv_length": None if rng.integers(2) else int(rng.integers(0, capacity + 1)),
         }
         kinds = [("dense", "dense"), ("dense", "dense"), ("q8", "q4")][turn % 3]
         q, k, v = make(rng, dtype, batch, seq, capacity, heads, kv_heads, 64, kinds=kinds, sharpness=rng.choice([0.1, 2, 4]))
@@ -539,7 +529,7 @@ def test_many_shares(cupy, kinds):
     """A long cache for one head, whose shares are as many as there may be; then a batch of unequal lengths."""
     rng = np.random.default_rng(10)
     q, k, v = make(rng, float16, 1, 1, 30_000, 3, 1, 64, kinds=kinds, sharpness=3.0)
-    verify(cupy, q, k, v, kv_lengths=int32(29_003), max_kv_length=10)
+    verify(cupy, q, k, v, kv_lengths=int32(29_003))
     q, k, v = make(rng, float16, 40, 1, 1024, 4, 2, 64, kinds=kinds)
     verify(cupy, q, k, v, kv_lengths=np.linspace(1, 1024, 40).astype(np.int32))
 
@@ -600,7 +590,7 @@ def test_more_sequences_than_are_planned(cupy):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kinds", [("dense", "dense"), ("q8", "q4")], ids=str)
-def test_same_bits_for_every_bound_and_workspace(cupy, kinds, dtype):
+def test_same_bits_with_and_without_a_workspace(cupy, kinds, dtype):
     workspace = cupy.zeros(module.attention_workspace_size(128), np.float32)
     workspace[module._COUNTERS :] = math.nan
     rng = np.random.default_rng(12)
@@ -613,8 +603,7 @@ def test_same_bits_for_every_bound_and_workspace(cupy, kinds, dtype):
                 for given, options in (
                     (None, {}),
                     (workspace, {}),
-                    (workspace, {"max_kv_length": longest}),
-                    (None, {"max_kv_length": longest, "ahead_tiles": 0}),
+                    (None, {"ahead_tiles": 0}),
                 )
             }
             assert len(results) == 1

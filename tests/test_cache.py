@@ -319,7 +319,7 @@ def passed(layer, x, cache, pieces, xp=np):
     tables, found, begin = [xp.asarray(table) for table in TABLES], [], 0
     for piece in pieces:
         cache.make_room(piece)
-        step = Step(*tables, cache.positions, cache, cache.kv_lengths(piece), cache.length + piece)
+        step = Step(*tables, cache.positions, cache, cache.kv_lengths(piece))
         found.append(host(layer(xp.asarray(np.ascontiguousarray(x[:, begin : begin + piece])), step)))
         cache.advance(piece)
         begin += piece

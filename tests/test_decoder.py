@@ -331,7 +331,7 @@ def test_a_graph_gives_the_bits_of_its_launches(cupy, name, batch):
         eager = model.decoder(batch, 40, settings=settings, graph=False)
         graph = model.decoder(batch, 40, settings=settings)
         assert rows_of(graph, prompts, steps) == rows_of(eager, prompts, steps)
-        assert len(graph._graphs) == 1 and not eager._graphs
+        assert graph._graph is not None and eager._graph is None
         assert same_state(graph, eager)
         assert rows_of(graph, prompts, steps) == rows_of(eager, prompts, steps)  # without a capture
         assert same_state(graph, eager)
@@ -348,13 +348,13 @@ def test_a_graph_gives_the_bits_of_its_launches_for_every_cache(cupy, name, kind
         for _ in range(2):
             assert rows_of(graph, PROMPTS[:batch], steps) == rows_of(eager, PROMPTS[:batch], steps)
             assert same_state(graph, eager)
-        assert len(graph._graphs) == 1
+        assert graph._graph is not None
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["fp16", "e4m3", "q4"])
 def test_one_graph_serves_every_page(cupy, kind):
-    """Pages in no order, from one bucket into the next; then moved, under the graphs that are there."""
+    """Pages in no order; then moved, under the graph that is there."""
     model, prompt = on_gpu("shakespeare-exl2-4.0"), np.random.default_rng(0).integers(0, 1000, 250)
     prompts = [prompt, prompt[:100], prompt[50:]]
     caches = [paged(model, 3, kind, pages=90, page_size=16, seed=seed) for seed in (1, 1, 2)]
@@ -365,26 +365,24 @@ def test_one_graph_serves_every_page(cupy, kind):
     eager, graph, elsewhere = decoders
     expected = rows_of(eager, prompts, 130)
     assert rows_of(graph, prompts, 130) == expected and same_state(graph, eager)
-    assert sorted(graph._graphs) == [256, 380]
     assert rows_of(elsewhere, prompts, 130) == expected
-    graphs, table = dict(elsewhere._graphs), host(caches[2].block_table)
+    captured, table = elsewhere._graph, host(caches[2].block_table)
     caches[2].defragment()
     assert not np.array_equal(host(caches[2].block_table), table)
-    assert rows_of(elsewhere, prompts, 130) == expected and elsewhere._graphs == graphs
+    assert rows_of(elsewhere, prompts, 130) == expected and elsewhere._graph is captured
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["shakespeare", "shakespeare-exl2-4.0", "shakespeare-gptq-g32"])
-def test_buckets_are_crossed(cupy, name):
+def test_one_graph_serves_every_length(cupy, name):
     model = on_gpu(name)
     prompt = np.random.default_rng(0).integers(0, 1000, 250)
     eager = model.decoder(max_len=620, settings=SAMPLED, graph=False)
     graph = model.decoder(max_len=620, settings=SAMPLED)
     expected = rows_of(eager, [prompt], 370)
     assert rows_of(graph, [prompt], 370) == expected and same_state(graph, eager)
-    assert sorted(graph._graphs) == [256, 512, 620]
-    short = [PROMPT]  # and back to the first
-    assert rows_of(graph, short, 20) == rows_of(eager, short, 20)
+    captured, short = graph._graph, [PROMPT]
+    assert rows_of(graph, short, 20) == rows_of(eager, short, 20) and graph._graph is captured
 
 
 @pytest.mark.gpu

@@ -98,7 +98,7 @@ def run(library, layer, x, pieces, adapters=None, workspaces=None):
     found, begin = [], 0
     for piece in pieces:
         length = begin + piece
-        step = Step(sin, cos, cache.positions, cache, cache.kv_lengths(piece), length, adapters, **cache.workspaces)
+        step = Step(sin, cos, cache.positions, cache, cache.kv_lengths(piece), adapters, **cache.workspaces)
         hidden = xp.array(np.ascontiguousarray(x[:, begin:length]))
         assert layer(hidden, step, dtype) is hidden and hidden.dtype == np.float32
         found.append(host(hidden))
@@ -154,7 +154,7 @@ def test_orders_that_differ_are_gathered(library):
 
 def step_with_cache(adapters=None):
     cache = KVCache(np, batch=1, capacity=4, layers=1, kv_heads=KV_HEADS, head_dim=HEAD_DIM, dtype=np.float32)
-    return Step(*TABLES, cache.positions, cache, cache.kv_lengths(1), 1, adapters)
+    return Step(*TABLES, cache.positions, cache, cache.kv_lengths(1), adapters)
 
 
 def test_what_is_joined_and_when():

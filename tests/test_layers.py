@@ -107,7 +107,7 @@ def test_attention_with_a_cache_says_the_same_whatever_the_pieces(options):
             array[...] = np.nan  # nothing beyond what was appended may be read
         found, begin = [], 0
         for piece in pieces:
-            step = Step(SIN, COS, cache.positions, cache, cache.kv_lengths(piece), cache.length + piece)
+            step = Step(SIN, COS, cache.positions, cache, cache.kv_lengths(piece))
             found.append(layer(x[:, begin : begin + piece].copy(), step))
             cache.advance(piece)
             begin += piece
@@ -261,7 +261,7 @@ def test_attention_with_a_cache_on_the_gpu_matches_the_reference(cupy, options):
     cache = make_cache(capacity=11, xp=cupy, dtype=np.float16)
     found, begin = [], 0
     for piece in (4, 1, 1, 3):
-        step = Step(sin, cos, cache.positions, cache, cache.kv_lengths(piece), begin + piece)
+        step = Step(sin, cos, cache.positions, cache, cache.kv_lengths(piece))
         part = np.ascontiguousarray(x[:, begin : begin + piece], np.float16)
         found.append(layer(cupy.asarray(part), step).get())
         cache.advance(piece)
@@ -299,7 +299,7 @@ def test_decoder_layers_on_the_gpu_match_the_reference(cupy, make, dtype, tolera
     cache = KVCache(cupy, batch=2, capacity=8, dtype=dtype, **sizes)
     found, begin = [], 0
     for piece in (4, 1, 1):
-        step = Step(*tables, cache.positions, cache, cache.kv_lengths(piece), begin + piece)
+        step = Step(*tables, cache.positions, cache, cache.kv_lengths(piece))
         hidden = cupy.asarray(np.ascontiguousarray(x[:, begin : begin + piece]))
         assert on_gpu(hidden, step, dtype) is hidden
         found.append(hidden.get())

@@ -329,14 +329,6 @@ def test_all_ranks_draw_the_same_tokens():
     assert same(np.concatenate([again.start(prompts)[:, None], again.run(8)], axis=1), unseeded[0])
 
 
-def test_whether_any_rank_says_so():
-    def work(model):
-        return model.is_so_anywhere(model.comm.rank == 1), model.is_so_anywhere(False)
-
-    assert on_ranks("qwen2", 3, work) == (True, False)
-    assert loaded("qwen2").is_so_anywhere(True) is True and loaded("qwen2").is_so_anywhere(False) is False
-
-
 # --- on GPUs ----------------------------------------------------------------------------------------------------------
 
 

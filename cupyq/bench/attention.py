@@ -305,7 +305,6 @@ class Calls:
             v,
             window=self.problem.window,
             kv_lengths=None if is_bare else self.lengths,
-            max_kv_length=self.problem.capacity,
             block_table=caches.table,
             out=self.out,
             workspace=self.workspace,

@@ -412,9 +412,8 @@ class _Cache:
         k_cache, v_cache = self.k[index], self.v[index]
         if table is None:
             ops.kv_append(rank.k, rank.v, k_cache, v_cache, self.past_lens[index])
-            longest = int(lengths.max())
             kv_lengths = xp.asarray(lengths)
-            ops.attention(rank.q, k_cache, v_cache, scale=scale, kv_lengths=kv_lengths, max_kv_length=longest, out=mixed)
+            ops.attention(rank.q, k_cache, v_cache, scale=scale, kv_lengths=kv_lengths, out=mixed)
             return
         for row, length in enumerate(lengths.tolist()):
             pages = np.ascontiguousarray(table[row, : -(-length // k_cache.shape[1])])
@@ -423,9 +422,7 @@ class _Cache:
             order = xp.asarray(pages)
             keys, values = (cache[order].reshape(1, -1, *cache.shape[2:]) for cache in (k_cache, v_cache))
             this, kv_lengths = slice(row, row + 1), xp.asarray(lengths[row : row + 1])
-            ops.attention(
-                rank.q[this], keys, values, scale=scale, kv_lengths=kv_lengths, max_kv_length=length, out=mixed[this]
-            )  # fmt: skip
+            ops.attention(rank.q[this], keys, values, scale=scale, kv_lengths=kv_lengths, out=mixed[this])
 
 
 def _on_host(array):

@@ -27,7 +27,6 @@ class Step:
     """KVCache or PagedKVCache, or None where the tokens see each other only."""
     kv_lengths: Any = None
     """int32 [batch], keys after this step."""
-    max_kv_length: int | None = None
     adapters: Any = None
     """The LoRA adapters of each request, a Selection, or None."""
     workspace: Any = None
@@ -103,7 +102,6 @@ class Attention:
             softcap=self.softcap,
             sinks=self.sinks,
             kv_lengths=step.kv_lengths,
-            max_kv_length=step.max_kv_length,
             block_table=block_table,
             workspace=step.attention_workspace,
         )

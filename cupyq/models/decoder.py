@@ -9,7 +9,6 @@ from cupyq.layers import PagedKVCache
 from cupyq.models.queues import HostQueue, StreamQueue
 from cupyq.models.sampler import MAX_SEED, Sampler, SamplerSettings
 from cupyq.ops._common import is_checking
-from cupyq.ops.attention import kv_length_bucket
 
 
 class Decoder:
@@ -17,10 +16,9 @@ class Decoder:
 
     A step feeds the tokens drawn last and draws the next ones: embedding, layers, head, penalties, sampling. What it
     depends on, ids, positions, counters and texts, lies in fixed arrays on the device and is moved on there. So on a GPU
-    all launches of a step are one graph, replayed for as long as the number of keys stays in one bucket (over how many
-    blocks attention spreads its keys is decided by the host): the first step in a bucket runs launch by launch and is
-    then captured. Steps are queued on a stream of the decoder's own, ordered by events behind what the caller has queued
-    on CuPy's current stream and before what comes there next. On NumPy the same steps run at once.
+    all launches of a step are one graph: the first step runs launch by launch and is then captured. Steps are queued on a
+    stream of the decoder's own, ordered by events behind what the caller has queued on CuPy's current stream and before what
+    comes there next. On NumPy the same steps run at once.
 
     `capacity`: tokens of each text that can be fed. `length`: tokens of the longest text, prompt included. `seed`.
     """
@@ -44,7 +42,7 @@ class Decoder:
         self.seed = model.new_seed() if seed is None else _checked_seed(seed)
         self.model, self.batch = model, batch
         self._adapters, self._selection = adapters, None
-        self._graphs: dict[int, Any] = {}
+        self._graph: Any = None
         self._queue: Any = HostQueue() if model.xp is np else StreamQueue(model.xp, model.embedding.device.id)
         # What CUPYQ_CHECK=1 reads back from the GPU cannot be part of a graph.
         self._uses_graphs = bool(graph) and self._queue.has_graphs and not is_checking()
@@ -68,7 +66,7 @@ class Decoder:
         return cache
 
     def reset(self) -> None:
-        """Forget the texts; memory and graphs stay."""
+        """Forget the texts; memory and the graph stay."""
         self.length = self._drawn = 0
         self._select()
 
@@ -181,36 +179,28 @@ class Decoder:
     def _queue_step(self) -> None:
         self.model.check()  # a graph does not look
         self._select()
-        bucket = kv_length_bucket(self.length, self.capacity)
-        graph = self._graphs.get(bucket)
-        if graph is not None:
-            graph.launch()
+        if self._graph is not None:
+            self._graph.launch()
         else:
-            memory = self._queue.memory_bytes()
-            self._compute(bucket)
-            # A pool that ran short has given back what is free now, where graphs have arrays. All ranks that run the model
-            # together drop theirs then: a capture may need the others, so that all must come to the same ones.
-            has_grown = self._queue.memory_bytes() != memory
-            if self._uses_graphs and self.model.is_so_anywhere(has_grown):
-                self._graphs.clear()
+            self._compute()  # allocates what a capture then finds in the pool
             if self._uses_graphs:
-                self._graphs[bucket] = self._queue.captured(lambda: self._compute(bucket))
+                self._graph = self._queue.captured(self._compute)
         self.length += 1
         self._drawn += 1
 
-    def _compute(self, bucket: int) -> None:
-        """What a step is: for all steps with up to `bucket` keys the same launches, with the same arguments."""
+    def _compute(self) -> None:
+        """What a step is: the same launches with the same arguments for all steps."""
         model, sampler = self.model, self._sampler
-        step = model.step(self._cache, 1, sampler.positions, sampler.lengths, bucket, self._selection)
+        step = model.step(self._cache, 1, sampler.positions, sampler.lengths, self._selection)
         logits = model.logits(model.hidden(sampler.ids[:, None], step), step)
         sampler.draw(logits.reshape(self.batch, -1))
 
     def _select(self) -> None:
-        """Look the adapters up again: where some were loaded or unloaded, graphs hold addresses of arrays that are gone."""
+        """Look the adapters up again: where some were loaded or unloaded, the graph holds addresses of arrays that are gone."""
         if self._adapters is not None:
             selection = self.model.select_adapters(self._adapters, self.batch)
             if selection is not self._selection:
-                self._graphs.clear()
+                self._graph = None
                 self._selection = selection
 
 

@@ -273,7 +273,7 @@ class Model:
     def _append(self, ids: Any, cache: KVCache | PagedKVCache, selection: Selection | None) -> tuple[Any, Step]:
         """Hidden states of new tokens, whose keys and values are added to the cache; and the step they made."""
         new = ids.shape[1]
-        step = self.step(cache, new, cache.positions, cache.kv_lengths(new), cache.length + new, selection)
+        step = self.step(cache, new, cache.positions, cache.kv_lengths(new), selection)
         hidden = self.hidden(ids, step)
         cache.advance(new)
         return hidden, step
@@ -286,13 +286,12 @@ class Model:
         new: int,
         positions: Any,
         kv_lengths: Any,
-        max_kv_length: int,
         selection: Selection | None,
     ) -> Step:
         """The Step that adds `new` tokens to each row of a cache, which has room; the others are its fields."""
         # Beyond so many rows a product may want a larger workspace, and allocates it.
         workspaces = cache.workspaces if cache.batch * new <= FUSED_ROWS else {}
-        return Step(self.sin, self.cos, positions, cache, kv_lengths, max_kv_length, selection, **workspaces)
+        return Step(self.sin, self.cos, positions, cache, kv_lengths, selection, **workspaces)
 
     def hidden(self, ids: Any, step: Step) -> Any:
         """The residual after the last layer, float32 [batch, seq, hidden_size], of int32 ids [batch, seq] at this step."""
@@ -329,10 +328,6 @@ class Model:
     def new_seed(self) -> int:
         """A seed that nobody chose, the same for all who run this model together."""
         return secrets.randbelow(MAX_SEED + 1)
-
-    def is_so_anywhere(self, is_so: bool) -> bool:
-        """Whether `is_so` holds for any of those who run this model together."""
-        return is_so
 
     def check(self) -> None:
         """BackendError where one of those who run this model together has failed."""

@@ -6,7 +6,7 @@ The names below shadow the modules that hold them: `cupyq.ops.attention` is the 
 
 from cupyq.ops.activation import clamp, gelu, gelu_mul, relu, relu_mul, silu, silu_mul, softcap
 from cupyq.ops.advance import advance
-from cupyq.ops.attention import attention, attention_workspace_size, kv_length_bucket
+from cupyq.ops.attention import attention, attention_workspace_size
 from cupyq.ops.cache_pages import cache_rotate, count_match
 from cupyq.ops.elementwise import add, add_weighted
 from cupyq.ops.embedding import embedding
@@ -84,7 +84,6 @@ __all__ = [
     "kv_decode_paged",
     "kv_encode",
     "kv_encode_paged",
-    "kv_length_bucket",
     "layer_norm",
     "lora",
     "lora_workspace_size",

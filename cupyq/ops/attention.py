@@ -28,7 +28,7 @@ from cupyq.ops.attention_problem import AttentionProblem
 from cupyq.ops.kv_append import parts_of
 from cupyq.ops.kv_codec import CacheCodes, cache_arrays
 
-__all__ = ["attention", "attention_reference", "attention_workspace_size", "kv_length_bucket", "pick_kernel"]
+__all__ = ["attention", "attention_reference", "attention_workspace_size", "pick_kernel"]
 
 
 @accepts_dlpack
@@ -43,7 +43,6 @@ def attention(
     softcap=None,
     sinks=None,
     kv_lengths=None,
-    max_kv_length=None,
     block_table=None,
     query_starts=None,
     out=None,
@@ -77,10 +76,9 @@ def attention(
     page 0, as checking would wait for the GPU. NumPy refuses them; so does the GPU where the environment says
     CUPYQ_CHECK=1, but not while a graph is captured.
 
-    max_kv_length is a bound of kv_lengths known to the host, rounded up by `kv_length_bucket`; the bits are the same for every
-    bound that holds, and longer lengths remain correct. `workspace`, float32
-    [attention_workspace_size(head_dim)] or larger, is scratch memory, zero when first used; it may serve any calls one
-    after the other, as its counters are zero again after each. With it and `out` nothing is allocated.
+    `workspace`, float32 [attention_workspace_size(head_dim)] or larger, is scratch memory, zero when first used; it may serve
+    any calls one after the other, as its counters are zero again after each. With it and `out` nothing is allocated.
+    A captured call serves all lengths that kv_lengths may hold later.
 
     Rounding: 16-bit types multiply on tensor cores with fp32 sums, softmax weights are rounded to the type before they
     meet v, the result is rounded once; float32 computes in fp32 throughout. Up to 16 queries of a row meet "q4" and "q8" as
@@ -96,7 +94,7 @@ def attention(
     """
     tables = {"sinks": sinks, "kv_lengths": kv_lengths, "block_table": block_table, "query_starts": query_starts}
     xp = namespace(q=q, k=k, v=v, **tables, workspace=workspace)
-    problem = _checked(q, k, v, scale, causal, window, softcap, max_kv_length, **tables)
+    problem = _checked(q, k, v, scale, causal, window, softcap, **tables)
     if workspace is not None:
         check(workspace, "workspace", dtype=float32, ndim=1, writes=True)
     out = output(xp, out, q.shape, q.dtype)
@@ -116,21 +114,10 @@ def attention(
     return out
 
 
-def kv_length_bucket(length, capacity):
-    """The bound of KV lengths up to `length` that attention() works with: a power of two from 256 on, or `capacity`.
-
-    A CUDA graph captured for one length of a bucket serves all of them.
-
-    >>> [kv_length_bucket(length, 5000) for length in (1, 256, 257, 4097)]
-    [256, 256, 512, 5000]
-    """
-    return min(max(256, 1 << max(length - 1, 0).bit_length()), capacity)
-
-
 # --- checks -----------------------------------------------------------------------------------------------------------
 
 
-def _checked(q, k, v, scale, causal, window, softcap, max_kv_length, sinks, kv_lengths, block_table, query_starts):
+def _checked(q, k, v, scale, causal, window, softcap, sinks, kv_lengths, block_table, query_starts):
     """The call as an AttentionProblem: raises for everything that shapes, dtypes and options tell."""
     check(q, "q", dtype=FLOATS, ndim=4 if query_starts is None else 3)
     *_, heads, head_dim = q.shape
@@ -164,8 +151,6 @@ def _checked(q, k, v, scale, causal, window, softcap, max_kv_length, sinks, kv_l
         raise ValueError(f"q must have a head_dim that is a multiple of 8 from 8 to 256, got {head_dim}: pad it")
     if window is not None and not (isinstance(window, (int, np.integer)) and window >= 1):
         raise ValueError(f"window must be a number of keys from 1, or None for all, got {window!r}")
-    if max_kv_length is not None and not (isinstance(max_kv_length, (int, np.integer)) and max_kv_length >= 0):
-        raise ValueError(f"max_kv_length must be a number of keys, or None for k's capacity, got {max_kv_length!r}")
     if kv_lengths is not None:
         check(kv_lengths, "kv_lengths", dtype=int32, shape=(batch,))
     if sinks is not None:
@@ -184,7 +169,6 @@ def _checked(q, k, v, scale, causal, window, softcap, max_kv_length, sinks, kv_l
         window=None if window is None else int(window),
         scale=_positive(head_dim**-0.5 if scale is None else scale, "scale"),
         softcap=None if softcap is None else _positive(softcap, "softcap"),
-        max_kv_length=capacity if max_kv_length is None else kv_length_bucket(int(max_kv_length), capacity),
         kv_lengths=kv_lengths,
         block_table=block_table,
         query_starts=query_starts,

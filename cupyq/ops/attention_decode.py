@@ -81,7 +81,7 @@ class Plan:
 def plan_shares(problem, resident_blocks, least_tiles=_LEAST_TILES):
     """The Plan of a call on a GPU that holds so many blocks at once.
 
-    The bits depend on most_shares and least_tiles, so neither depends on max_kv_length. There are as many blocks as there may
+    The bits depend on most_shares and least_tiles, so neither depends on true lengths. There are as many blocks as there may
     be shares: most_shares, or fewer where the shapes show that even full caches give less of them, each of least_tiles or of
     an item; and kv_heads times as many.
     """

@@ -26,7 +26,6 @@ class AttentionProblem:
     window: int | None  # keys that a query sees, its own included, from 1 on; None for all
     scale: float  # positive, finite
     softcap: float | None  # positive, finite; None for none
-    max_kv_length: int  # a bound of kv_lengths, as kv_length_bucket rounds it: the capacity if the caller named none
     kv_lengths: Any = None  # int32 [batch] on the device: valid keys, to be clamped to 0..capacity; None: all of capacity
     block_table: Any = None  # int32 [batch, max_pages] on the device, to be clamped to 0..pages - 1; None: contiguous
     query_starts: Any = None  # int32 [batch + 1] on the device: sequence b owns rows query_starts[b]..query_starts[b + 1]

@@ -10,7 +10,6 @@ import numpy as np
 from cupyq.errors import UnsupportedError
 from cupyq.models.queues import HostQueue, StreamQueue
 from cupyq.ops._common import is_checking
-from cupyq.ops.attention import kv_length_bucket
 from cupyq.ops.cache_pages import cache_rotate
 from cupyq.serve.rows import Rows, _copy
 
@@ -110,20 +109,19 @@ class Engine:
         table[0, : len(pages)] = pages
         ids = self.xp.asarray(np.array([tokens], np.int32))
         positions = self.xp.asarray(np.array([begin], np.int32))
-        end = begin + len(tokens)
-        lengths = self.xp.asarray(np.array([end], np.int32))
-        self._hidden(ids, positions, lengths, end, self.xp.asarray(table), self._select([adapters]))
+        lengths = self.xp.asarray(np.array([begin + len(tokens)], np.int32))
+        self._hidden(ids, positions, lengths, self.xp.asarray(table), self._select([adapters]))
 
-    def decode(self, rows: Rows, lengths: Sequence[int], adapters: Sequence[Any]) -> Any:
-        """Logits [count, vocab] after the next token of the first rows; lengths: how many keys each of them has then."""
-        count = len(lengths)
+    def decode(self, rows: Rows, adapters: Sequence[Any]) -> Any:
+        """Logits [count, vocab] after the next token of the first rows, as many as there are `adapters`."""
+        count = len(adapters)
         if self.alone:
             ones = [slice(row, row + 1) for row in range(count)]
             inputs = [(rows.ids[one, None], rows.positions[one], rows.lengths[one]) for one in ones]
-            return self._each_alone(inputs, lengths, adapters)
+            return self._each_alone(inputs, adapters)
         size = batch_class(count) if self._uses_graphs else count
         arrays = (rows.ids[:size, None], rows.positions[:size], rows.lengths[:size])
-        return self._pass(arrays, max(lengths), adapters)[:count, 0]
+        return self._pass(arrays, adapters)[:count, 0]
 
     def verify(self, fed: np.ndarray, at: np.ndarray, adapters: Sequence[Any]) -> Any:
         """Logits [count, new, vocab] of tokens fed [count, new] at positions at, at + 1, ... of the first `count` rows."""
@@ -131,7 +129,7 @@ class Engine:
         if self.alone:
             ends = at + np.int32(new)
             inputs = [tuple(self.xp.asarray(array[row : row + 1]) for array in (fed, at, ends)) for row in range(count)]
-            return self._each_alone(inputs, ends.tolist(), adapters).reshape(count, new, -1)
+            return self._each_alone(inputs, adapters).reshape(count, new, -1)
         size = batch_class(count) if self._uses_graphs else count
         host = np.zeros((size, new), np.int32), np.zeros(size, np.int32)
         host[0][:count], host[1][:count] = fed, at
@@ -141,53 +139,52 @@ class Engine:
             _copy(self.xp.asarray(host[1]), self._at[:size])
             _copy(self.xp.asarray(host[1] + np.int32(new)), self._until[:size])
         arrays = (ids.reshape(size, new), self._at[:size], self._until[:size])
-        return self._pass(arrays, int(at.max()) + new, adapters)[:count]
+        return self._pass(arrays, adapters)[:count]
 
-    def _each_alone(self, inputs: Sequence[tuple], lengths: Sequence[int], adapters: Sequence[Any]) -> Any:
+    def _each_alone(self, inputs: Sequence[tuple], adapters: Sequence[Any]) -> Any:
         """Logits [all tokens, vocab] of rows that pass one by one, launch by launch."""
         parts = []
         selections = [self._select([choice]) for choice in adapters]
         with self.queue.entered():
             self._upload_table()
-            for row, ((ids, positions, ends), length) in enumerate(zip(inputs, lengths, strict=True)):
-                table, bound = self.cache.block_table[row : row + 1], kv_length_bucket(length, self.capacity)
-                parts.append(self._logits(ids, positions, ends, bound, table, selections[row])[0])
+            for row, (ids, positions, ends) in enumerate(inputs):
+                table = self.cache.block_table[row : row + 1]
+                parts.append(self._logits(ids, positions, ends, table, selections[row])[0])
             return self.xp.concatenate(parts)
 
-    def _pass(self, arrays: tuple[Any, Any, Any], longest: int, adapters: Sequence[Any]) -> Any:
+    def _pass(self, arrays: tuple[Any, Any, Any], adapters: Sequence[Any]) -> Any:
         """Logits [size, new, vocab]: a graph's where there is one for this batch, and captured where there may be."""
         ids, positions, lengths = arrays
         size, new = ids.shape
-        bound = kv_length_bucket(longest, self.capacity)
         table = self.cache.block_table[:size]
         # Graphs hold the addresses of adapters' weights, which come and go with the batch: such steps are launched one by one.
         selection = self._select([*adapters, *[None] * (size - len(adapters))])
         with self.stepping():
             self._upload_table()
         with self.queue.entered():
-            key = (size, new, bound)
+            key = (size, new)
             if selection is None and key in self._graphs:
                 graph, logits = self._graphs[key]
                 graph.launch()
                 return logits
             memory = self.queue.memory_bytes()
-            logits = self._logits(ids, positions, lengths, bound, table, selection)
+            logits = self._logits(ids, positions, lengths, table, selection)
             if self.queue.memory_bytes() != memory:
                 self._graphs.clear()  # a pool that ran short has given back what is free now, where graphs have arrays
             if self._uses_graphs and selection is None:
                 kept: list[Any] = []
-                compute = lambda: kept.append(self._logits(ids, positions, lengths, bound, table, None))  # noqa: E731
+                compute = lambda: kept.append(self._logits(ids, positions, lengths, table, None))  # noqa: E731
                 self._graphs[key] = (self.queue.captured(compute), kept[0])
             return logits
 
-    def _logits(self, ids: Any, positions: Any, lengths: Any, bound: int, table: Any, selection: Any) -> Any:
-        hidden, step = self._hidden(ids, positions, lengths, bound, table, selection)
+    def _logits(self, ids: Any, positions: Any, lengths: Any, table: Any, selection: Any) -> Any:
+        hidden, step = self._hidden(ids, positions, lengths, table, selection)
         return self.model.logits(hidden, step)
 
-    def _hidden(self, ids: Any, positions: Any, lengths: Any, bound: int, table: Any, selection: Any) -> tuple[Any, Any]:
+    def _hidden(self, ids: Any, positions: Any, lengths: Any, table: Any, selection: Any) -> tuple[Any, Any]:
         rows = copy.copy(self.cache)
         rows.batch, rows.block_table = len(ids), table
-        step = self.model.step(rows, ids.shape[1], positions, lengths, bound, selection)
+        step = self.model.step(rows, ids.shape[1], positions, lengths, selection)
         return self.model.hidden(ids, step), step
 
     def _select(self, adapters: list[Any]) -> Any:

@@ -307,7 +307,7 @@ class Generator:
     def _queue_step(self, runs: list[Running], allowed: dict[int, np.ndarray]) -> None:
         self._batch.arrange()
         state = self._batch.state
-        logits = self._engine.decode(state, [run.length for run in runs], [run.job.adapters for run in runs])
+        logits = self._engine.decode(state, [run.job.adapters for run in runs])
         arrays: dict[Any, Any] = {}
         with self._engine.stepping():
             told = {row: logits[row] for row, run in enumerate(runs) if run.job.logprobs is not None}

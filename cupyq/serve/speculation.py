@@ -76,19 +76,19 @@ class ModelDraft:
             )
         return engine
 
-    def guess(self, engine: Engine, rows: Rows, lengths: Sequence[int], count: int) -> np.ndarray:
-        """int32 [rows, count]: guesses after the first rows, which stand where the texts end, at these lengths.
+    def guess(self, engine: Engine, rows: Rows, batch: int, count: int) -> np.ndarray:
+        """int32 [rows, count]: guesses after the first `batch` rows, which stand where the texts end.
 
         The last guess is fed too, so that its keys and values are there if it is right.
         """
         drawn = []
-        for step in range(count + 1):
-            logits = engine.decode(rows, [length + step for length in lengths], [None] * len(lengths))
+        for _ in range(count + 1):
+            logits = engine.decode(rows, [None] * batch)
             with engine.stepping():
                 drawn.append(rows.draw(logits).copy())
         with engine.stepping():
             if not count:
-                return np.zeros((len(lengths), 0), np.int32)
+                return np.zeros((batch, 0), np.int32)
             tokens = engine.xp.stack(drawn[:count], axis=1)
             return tokens if engine.xp is np else tokens.get(stream=engine.queue.stream)
 
@@ -117,7 +117,7 @@ class Speculation:
             rows = Rows(engine.xp, engine.model.config.vocab_size, engine.batch)
             rows.put_all([dataclasses.replace(run.state(), history=()) for run in runs])
             rows.configure([dataclasses.replace(run.row_settings, settings=_forgetful(run.job.settings)) for run in runs])
-        drawn = self._draft.guess(engine, rows, [len(run.tokens) for run in runs], max(most.values()))
+        drawn = self._draft.guess(engine, rows, len(runs), max(most.values()))
         guesses = {}
         for row, run in enumerate(runs):
             tokens = drawn[row, : most[run]].tolist()

@@ -90,10 +90,6 @@ class RankModel(Model):
         self.comm.broadcast(word)
         return int(self._on_host(word).view(np.uint32)[0])
 
-    def is_so_anywhere(self, is_so: bool) -> bool:
-        found = self.comm.all_gather(self.xp.asarray(np.array([is_so], np.int32)))
-        return bool(self._on_host(found).any())
-
     def _on_host(self, array: Any) -> np.ndarray:
         self.comm.wait()
         return array if isinstance(array, np.ndarray) else array.get()
