@@ -17,6 +17,7 @@ Shapes = Mapping[str, tuple[int, int]]
 
 _FED = 2048  # tokens of which a Hessian holds float32 copies
 _ATTENTION_SCORES = 1 << 22  # float64, at a time, on NumPy
+_ATTENTION_QUERIES = 64  # of which they are at most
 _DIVERGENCE_BYTES = 128 << 20  # of float64 log-probabilities, as `sensitivity` cuts its tokens
 _LOGITS_BYTES = 256 << 20  # of float32 logits, as `perplexity` cuts its windows
 _SCRATCH = 16 << 20  # of what does not grow with the model: tokenizer, tables, a search's candidates
@@ -98,7 +99,7 @@ def _passing_bytes(walk: LayerWalk, shapes: Shapes, length: int, tokens: int) ->
         return activations
     product = max(8 * (tokens * (k + n) + k * n) for name, (k, n) in shapes.items() if name != HEAD)
     heads = config.num_attention_heads
-    scores = 8 * max(heads * length, min(_ATTENTION_SCORES, heads * length**2))
+    scores = 8 * max(heads * length, min(_ATTENTION_SCORES, heads * length * min(_ATTENTION_QUERIES, length)))
     scores *= 2 if config.attention_softcap is None else 4  # those of a block, and of the one before it
     attention = 16 * tokens * width + scores
     return activations + max(product, attention)
