@@ -639,7 +639,7 @@ def verify(cupy, q, k, v, meets_transform=False, **options):
 
 
 def takes_transformed(kernel, q):
-    """Whether the kernel that takes so many tokens of head_dim 64 multiplies q4 and q8 keys as they are, with a transformed q."""
+    """Whether the kernel that takes so many tokens of head_dim 64 multiplies q4 and q8 keys as stored, with a transformed q."""
     return kernel == "chosen" and (len(q) <= module._DECODE_QUERIES or _device.current().arch == "sm_90a")
 
 
