@@ -34,8 +34,9 @@ help:
 demo: $(DEMO_STAMP)
 	.venv/bin/python examples/demo.py
 
+# A worker a core: threads of NumPy's on top would wait for each other.
 test: $(TEST_STAMP)
-	.venv/bin/python -m pytest -q -n $(JOBS) --dist worksteal
+	OPENBLAS_NUM_THREADS=1 .venv/bin/python -m pytest -q -n $(JOBS) --dist worksteal
 
 check: $(CHECK_STAMP)
 	.venv/bin/ruff check .

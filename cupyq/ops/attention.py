@@ -81,10 +81,10 @@ def attention(
     A captured call serves all lengths that kv_lengths may hold later.
 
     Rounding: 16-bit types multiply on tensor cores with fp32 sums, softmax weights are rounded to the type before they
-    meet v, the result is rounded once; float32 computes in fp32 throughout. Up to 16 queries of a row meet "q4" and "q8" as
-    stored: q and the result are transformed, which equals decoding but for roundings. Same bits on every run, and wherever
-    pages lie. `out` may be q itself, never k or v. Raises TypeError / ValueError for wrong dtypes, shapes, strides,
-    options or overlaps.
+    meet v, the result is rounded once; float32 computes in fp32 throughout. Up to 16 queries of a row, on Hopper any number
+    (head_dim 64, 128, 256), meet "q4" and "q8" as stored: q and the result are transformed, which equals decoding but for
+    roundings. Same bits on every run, and wherever pages lie. `out` may be q itself, never k or v. Raises TypeError /
+    ValueError for wrong dtypes, shapes, strides, options or overlaps.
     Sources: Dao, FlashAttention-2, arXiv 2307.08691; sliding_window of Hugging Face Transformers; attention sinks of its
     gpt_oss; pages as in vLLM, arXiv 2309.06180.
 
