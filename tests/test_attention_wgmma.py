@@ -124,7 +124,7 @@ def test_launch_describes_its_arrays(encoder, monkeypatch):
     q, out = np.zeros((2, 300, 8, 128), float16), np.zeros((2, 300, 8, 128), float16)
     k, v = np.zeros((9, 16, 2, 128), float16), np.zeros((9, 16, 2, 128), float16)
     table = np.zeros((2, 4), np.int32)
-    problem = AttentionProblem(2, 300, 8, 2, 128, 64, 16, 4, 9, True, 50, 0.1, None, 64, block_table=table)
+    problem = AttentionProblem(2, 300, 8, 2, 128, 64, 16, 4, 9, True, 50, 0.1, None, block_table=table)
     wgmma.launch(problem, q, k, v, out)
     assert [call[2] for call in encoder.calls] == [[128, 8, 600], [128, 2, 16, 9], [128, 2, 16, 9]]
     assert [call[4] for call in encoder.calls] == [[64, 1, 128], [64, 1, 16, 1], [64, 1, 16, 1]]
@@ -135,7 +135,7 @@ def test_launch_describes_its_arrays(encoder, monkeypatch):
     assert [int(n) for n in arguments[6:17]] == [48, 2, 600, 8, 2, 64, 16, 4, 9, 1, 50]
     # Sequences of their own lengths: as many items as there may be.
     tokens = q.reshape(600, 8, 128)
-    ragged = AttentionProblem(2, 600, 8, 2, 128, 64, 16, 4, 9, True, None, 0.1, None, 64, query_starts=np.zeros(3, np.int32))
+    ragged = AttentionProblem(2, 600, 8, 2, 128, 64, 16, 4, 9, True, None, 0.1, None, query_starts=np.zeros(3, np.int32))
     wgmma.launch(ragged, tokens, k, v, tokens)
     assert int(seen[1][3][6]) == (600 // 128 + 2) * 8 and seen[1][1] == (48,)
 
