@@ -308,9 +308,8 @@ def test_other_configs(cupy, instances):
         return case.check(case.run(cupy))
     (q, k, v), options = case.arguments(cupy)
     pages, size = k.shape[:2]
-    problem = AttentionProblem(
-        2, 300, 4, 2, 64, size, size, 1, pages, True, None, 64**-0.5, None, size, kv_lengths=options["kv_lengths"]
-    )
+    lengths = options["kv_lengths"]
+    problem = AttentionProblem(2, 300, 4, 2, 64, size, size, 1, pages, True, None, 64**-0.5, None, kv_lengths=lengths)
     for config in (Config(64, 4, 2), Config(128, 2, 2, takes_turns=False), Config(128, 3, 2)):
         out = cupy.asarray(np.full(q.shape, np.nan, float16))
         wgmma.launch(problem, q, k, v, out, config=config)
