@@ -13,7 +13,6 @@ import sys
 import time
 from functools import partial
 
-import architecture_cases
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -929,41 +928,6 @@ def test_rows_are_spread_over_the_calibration(llama, tmp_path, monkeypatch):
     quantize(llama, tmp_path / "out", rows=10, sensitivity_tokens=32 * 3 + 31, windows=2, measured_layouts=2)
     ids = calibration_rows(llama.parent / "text.txt", llama, rows=10, length=32, seed=0)
     assert np.array_equal(seen[0], ids[[1, 5, 8]]) and np.array_equal(seen[1], ids[[2, 7]])
-
-
-# --- other architectures ----------------------------------------------------------------------------------------------
-
-
-def source_of(folder, name):
-    return with_text(architecture_cases.write(folder / "in", name), architecture_cases.VOCAB)
-
-
-@pytest.mark.parametrize("name", ["starcoder2", "qwen3-moe", "granite", "gemma3-text"])
-def test_other_architectures(tmp_path, name):
-    """Biases and no gate; layers with and without experts; a scaled residual; windows with tables of their own."""
-    source = source_of(tmp_path, name)
-    result = quantize(source, tmp_path / "out", bits=5, windows=0)
-    whole, coded = (load_model(folder, "numpy") for folder in (source, tmp_path / "out"))
-    linears = list(coded._decoder_linears())
-    assert {linear.kind for linear in linears} == {"exl2"} and len(linears) == len(list(whole._decoder_linears()))
-    assert 4.7 < result.bits_per_weight <= 5
-    expected = whole.forward(architecture_cases.IDS)
-    assert np.linalg.norm(coded.forward(architecture_cases.IDS) - expected) <= 0.5 * np.linalg.norm(expected)
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("phi3", "Phi3ForCausalLM, several of whose matrices are stored as one, is not supported"),
-        ("cohere", "CohereForCausalLM, whose attention and MLP are side by side, is not supported"),
-        ("yi", "YiForCausalLM, whose tensors go by other names than Llama's, is not supported"),
-        ("gpt2", "GPT2LMHeadModel, whose tensors go by other names"),
-    ],
-)
-def test_architectures_that_are_refused(tmp_path, name, message):
-    with pytest.raises(UnsupportedError, match=message):
-        quantize(source_of(tmp_path, name), tmp_path / "out")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "text.txt"]
 
 
 # --- the rest ---------------------------------------------------------------------------------------------------------

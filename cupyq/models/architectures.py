@@ -22,7 +22,11 @@ class Architecture:
 
     # Names
     renames: tuple[tuple[str, str], ...] = ()
-    """Regular expressions and replacements, used in order, that make a checkpoint's names of tensors those given here."""
+    """Regular expressions and replacements, used in order, that make a checkpoint's names of tensors those given here, and
+    leave these as they are. Names that then begin with "mask." are of no weights: nobody reads them."""
+    written: tuple[tuple[str, str], ...] = ()
+    """The same from the names given here to those of exllamav2's modules, where it has others: its converter writes tensors
+    under these, and it looks for no others."""
     keys: tuple[tuple[str, str], ...] = ()
     """A key of config.json as Llama spells it, and as this architecture does; dots lead into objects."""
     defaults: tuple[tuple[str, Any], ...] = ()
@@ -185,6 +189,7 @@ _LANGUAGE_MODEL = (
     (r"^model\.language_model\.", "model."),
     (r"^model\.(vision_tower|multi_modal_projector|visual)\.", r"\1."),
 )
+_BELOW_LANGUAGE_MODEL = ((r"^(model|lm_head)\.", r"language_model.\1."),)
 _QWEN2_VL = replace(
     _QWEN2,
     name="Qwen2VLForConditionalGeneration",
@@ -195,6 +200,7 @@ _QWEN2_VL = replace(
 _PIXTRAL = Architecture(
     "LlavaForConditionalGeneration",
     renames=_LANGUAGE_MODEL,
+    written=_BELOW_LANGUAGE_MODEL,
     defaults=(("num_attention_heads", 32),),
     text_types=("llama", "mistral"),
     window="all",
@@ -279,7 +285,13 @@ ARCHITECTURES = {
         _GEMMA,
         _GEMMA2,
         _GEMMA3,
-        replace(_GEMMA3, name="Gemma3ForConditionalGeneration", renames=_LANGUAGE_MODEL, text_types=("gemma3_text",)),
+        replace(
+            _GEMMA3,
+            name="Gemma3ForConditionalGeneration",
+            renames=_LANGUAGE_MODEL,
+            written=_BELOW_LANGUAGE_MODEL,
+            text_types=("gemma3_text",),
+        ),
         replace(_GEMMA, name="GemmoeForCausalLM", mlp="block_sparse_moe", gate="w1", up="w3", down="w2", has_experts=True),
         _COHERE,
         replace(
@@ -294,6 +306,7 @@ ARCHITECTURES = {
         Architecture(
             "YiForCausalLM",
             renames=((r"\.ln1\.", ".input_layernorm."), (r"\.ln2\.", ".post_attention_layernorm.")),
+            written=((r"\.input_layernorm\.", ".ln1."), (r"\.post_attention_layernorm\.", ".ln2.")),
             attention_bias="config",
             mlp_bias="config",
         ),

@@ -11,8 +11,15 @@ from cupyq.errors import FormatError
 from cupyq.formats.safetensors import Checkpoint, SafetensorsFile, TensorInfo
 
 
+def renamed(name: str, rules: Sequence[tuple[str, str]]) -> str:
+    """What regular expressions and their replacements, used in order, make of a name."""
+    for pattern, replacement in rules:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
 class RenamedCheckpoint:
-    """A Checkpoint by the names that regular expressions and their replacements, used in order, make of its own.
+    """A Checkpoint by the names that `renamed` makes of its own.
 
     FormatError where two tensors would have one name.
     """
@@ -21,9 +28,7 @@ class RenamedCheckpoint:
         self._checkpoint = checkpoint
         self._stored: dict[str, str] = {}
         for stored in checkpoint.names:
-            name = stored
-            for pattern, replacement in rules:
-                name = re.sub(pattern, replacement, name)
+            name = renamed(stored, rules)
             other = self._stored.setdefault(name, stored)
             if other != stored:
                 path = checkpoint.file(stored).path

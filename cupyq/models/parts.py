@@ -39,7 +39,7 @@ class Part:
     linears: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     """The linear layers it becomes, by name: inputs and outputs, as the whole model has them."""
     take_apart: Any = None
-    """Of linear layers that are not stored as others are, several of them in one: its tensors -> those of each layer."""
+    """Of linear layers that are not stored as others are, several of them in one: its tensors, or some, -> those of each."""
     value: Any = None
 
 
@@ -234,11 +234,12 @@ class Plan:
         dtype = self.checkpoint.info(f"{stored}.weight").dtype
 
         def take_apart(tensors: dict[str, Any]) -> Iterable[dict[str, Any]]:
-            weight = contiguous(tensors["weight"].T) if is_transposed else tensors["weight"]
-            if not has_bias:
-                return [{"weight": own} for own in split(weight)]
-            both = zip(split(weight), split(tensors["bias"]), strict=True)
-            return [{"weight": own, "bias": bias} for own, bias in both]
+            columns = []
+            for short, array in tensors.items():
+                if is_transposed and short == "weight":
+                    array = contiguous(array.T)
+                columns.append([(short, own) for own in split(array)])
+            return [dict(own) for own in zip(*columns, strict=True)]
 
         parameters = (k + has_bias) * sum(widths)
         return self._add_apart(stored, tensors, linears, parameters, take_apart, partial(_plain_linear, dtype))

@@ -14,7 +14,7 @@ peace. The folder OUT appears when all is done.
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +126,6 @@ def quantize_model(
     config = ModelConfig.from_file(source)
     with Checkpoint(source) as checkpoint:
         writer.refuse_quantized(config, checkpoint)
-        writer.refuse_architecture(config, checkpoint)
         writer.check_shards(checkpoint)
         with LayerWalk(source, backend, dtype=dtype, batch_tokens=batch_tokens) as walk:
             plan = Plan(request, source, work, checkpoint, walk, shows=progress, say=say or (lambda line: None))
@@ -188,10 +187,9 @@ def _write(plan: Plan, layers: Sequence[LinearReport]) -> Comparison | None:
     """The model's folder, whole but for its name."""
     request, work = plan.request, plan.work
     tensors = [tensor for name in plan.names for tensor in work.tensors(name)]
-    written = {tensor.name for tensor in tensors}
-    for name in plan.stored:
-        if name not in written and not plan.is_replaced(name):
-            tensors.append(writer.OutputTensor.stored(plan.checkpoint, name))
+    kept = [name for name in plan.stored if not plan.is_replaced(name)]
+    tensors += [writer.OutputTensor.stored(plan.checkpoint, name) for name in kept]
+    tensors = [replace(tensor, name=plan.written_name(tensor.name)) for tensor in tensors]
     with plan.bar(sum(tensor.nbytes for tensor in tensors), "writing") as advance:
         writer.write_model(work.model, plan.source, tensors, _config(plan), shard_bytes=request.shard_bytes, on_bytes=advance)
     if not request.is_gptq:

@@ -41,6 +41,8 @@ def work_bytes(
     decoder = {name: shape for name, shape in shapes.items() if name != HEAD}
     fitting = _fitting_bytes(decoder, _hessian_bytes(walk, shapes, by_stage=True), passing)
     found += [on_device(2 * states) + 2 * layer + fitting]
+    # Linear layers that are stored as one, on their way into a layer: as they are stored, and each for itself.
+    found += [on_device(2 * states) + 2 * layer + 2 * walk.dtype.itemsize * walk.most_apart]
     if not request.is_gptq:
         fitting = _fitting_bytes({HEAD: shapes[HEAD]}, gather.most_bytes([(shapes[HEAD][0], False)]), 0)
         found += [on_device(2 * states) + _end_bytes(walk) + fitting]

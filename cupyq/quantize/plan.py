@@ -15,6 +15,7 @@ from cupyq import _device
 from cupyq._progress import bar
 from cupyq.errors import FormatError
 from cupyq.formats.safetensors import Checkpoint
+from cupyq.models.names import RenamedCheckpoint, renamed
 from cupyq.quantize import memory, writer
 from cupyq.quantize.calibration import calibration_rows, spread
 from cupyq.quantize.layouts import HEAD_LAYOUTS, Layout
@@ -25,6 +26,7 @@ from cupyq.quantize.work import WorkFolder
 
 _NUMPY_FLOPS = 3e12  # worth spending on comparing the models where there is no GPU
 _USABLE = 0.9  # of a GPU's memory
+_MODEL = ("model.", HEAD, "visual.", "vision_tower.", "multi_modal_projector.")  # how names of its tensors begin
 
 
 class Plan:
@@ -56,7 +58,15 @@ class Plan:
         self.shapes: dict[str, tuple[int, int]] = walk.shapes()
         self.decoder = [name for name in self.shapes if name != HEAD]
         self.names = self.decoder if request.is_gptq else [*self.decoder, HEAD]  # of the linear layers to be quantized
-        self.stored = writer.model_files(checkpoint, (name for name in checkpoint.names if name.startswith(("model.", HEAD))))
+        self._parts = walk.parts()
+        by_name = RenamedCheckpoint(checkpoint, walk.config.architecture.renames)
+        self._model_names = {by_name.stored_name(name): name for name in by_name.names}
+        names = [stored for stored, name in self._model_names.items() if name.startswith(_MODEL)]
+        self.stored = [name for name in writer.model_files(checkpoint, names) if not self._is_mask(name)]
+        coded = {tensor.name for name in self.names if name in self._parts for tensor in self._parts[name].tensors.values()}
+        # Old writers of GPTQ store a bias of zeros for layers that have none: it goes with the weight.
+        coded |= {f"{name.removesuffix('.weight')}.bias" for name in coded}
+        self._coded = {by_name.stored_name(name) for name in coded}
 
     def check(self, calibration: Any, measurement: Measurement | None, evaluate: Any) -> None:
         """Refuse what will not do, cheap checks first; say how much memory the work will take."""
@@ -143,12 +153,19 @@ class Plan:
     # --- sizes ---
 
     def storage_bits(self, name: str, layout: Layout) -> int:
-        return layout.storage_bits(*self.shapes[name], has_bias=f"{name}.bias" in self.checkpoint)
+        return layout.storage_bits(*self.shapes[name], has_bias=name in self._parts and "bias" in self._parts[name].tensors)
 
     def is_replaced(self, name: str) -> bool:
-        """Whether this tensor of the source is a weight that becomes codes."""
-        key, _, short = name.rpartition(".")
-        return key in self.names and short == "weight"
+        """Whether this tensor of the source becomes codes, as one weight or as several, or is the bias of what does."""
+        return name in self._coded
+
+    def _is_mask(self, name: str) -> bool:
+        return self._model_names[name].startswith("mask.")
+
+    def written_name(self, name: str) -> str:
+        """The name that a tensor of the source, or of the model, has in the folder written: there exllamav2 and cupyq look for
+        it."""
+        return renamed(self._model_names.get(name, name), self.walk.config.architecture.written)
 
     def _quantized_bytes(self) -> int:
         head = 0 if self.request.is_gptq else self.storage_bits(HEAD, HEAD_LAYOUTS[self.request.head_bits])

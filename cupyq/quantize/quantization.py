@@ -130,11 +130,9 @@ class _Quantization:
         self.work.save(tensors, LinearReport(name, linear.k, linear.n, layout, bits, quantized.error, output, tokens, nats))
 
     def _bias(self, name: str) -> np.ndarray:
-        bias = self.plan.checkpoint.array(f"{name}.bias").astype(np.float32)
+        bias = self.walk.bias(name).astype(np.float32)
         if np.abs(bias).max(initial=0) >= 65520:
-            raise FormatError(
-                f"{self.plan.source}: tensor '{name}.bias': values above 65504, which a quantized layer cannot have"
-            )
+            raise FormatError(f"{self.plan.source}: bias of {name}: values above 65504, which a quantized layer cannot have")
         return bias.astype(np.float16)
 
     def _decoded(self, name: str, tensors: Mapping[str, np.ndarray]) -> Any:

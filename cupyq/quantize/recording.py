@@ -10,7 +10,7 @@ import numpy as np
 
 from cupyq._arrays import bfloat16, namespace
 from cupyq.errors import UnsupportedError
-from cupyq.layers import DecoderLayer, Linear, MoE
+from cupyq.layers import DecoderLayer, Linear, MoE, ParallelDecoderLayer
 from cupyq.ops.norm import rms_norm
 from cupyq.ops.qmatmul import InputNorm
 from cupyq.ops.routing import route
@@ -196,6 +196,7 @@ class PairRecorder:
     ):
         self._layer, self._original, self._feeds = layer, original, feeds
         self._run, self._eps = run, eps
+        self._is_parallel = isinstance(layer, ParallelDecoderLayer)
         reads = {read.name: read for read in layer_inputs(layer)}
         experts = [name for name in feeds if name in reads and reads[name].expert is not None]
         if experts:
@@ -224,7 +225,7 @@ class PairRecorder:
 
         def note_middle() -> None:
             residuals["middle"] = hidden.copy()
-            if self._last == "o":
+            if self._last == "o" and not self._is_parallel:
                 raise Stop
 
         def keep(name: str, x: Any) -> None:
@@ -244,9 +245,9 @@ class PairRecorder:
 
     def _beside(self, read: LayerInput, original: Any, residuals: Mapping[str, Any], hidden: Any) -> Beside:
         layer, gap = self._layer, None
-        counted = {"o": "middle", "down": "end"}.get(read.attribute)
+        counted = {"o": "end" if self._is_parallel else "middle", "down": "end"}.get(read.attribute)
         if counted is None:
-            counted = "start" if read.owner is layer.attention else "middle"
+            counted = "start" if self._is_parallel or read.owner is layer.attention else "middle"
         elif getattr(layer, "attention_post_norm" if read.attribute == "o" else "mlp_post_norm", None) is None:
             gap = residuals["start" if read.attribute == "o" else "middle"] - hidden
             gap = gap.reshape(-1, gap.shape[-1])

@@ -12,6 +12,7 @@ from cupyq.errors import UnsupportedError
 from cupyq.layers import DecoderLayer, Linear, Step
 from cupyq.models.loader import open_blueprint
 from cupyq.models.model import Model
+from cupyq.models.parts import Part
 from cupyq.quantize.hessian import to_float32
 from cupyq.quantize.recording import (
     MEND,
@@ -92,6 +93,8 @@ class LayerWalk:
         self._blueprint = self._resources.enter_context(open_blueprint(folder, backend, dtype=dtype))
         self.config, self.xp, self.dtype = self._blueprint.config, self._blueprint.xp, self._blueprint.activations
         self.batch_tokens = batch_tokens
+        parts = (part for part in self._blueprint.plan.parts if part.take_apart is not None)
+        self._apart = {name: part for part in parts for name in part.linears}
 
     def __enter__(self) -> Self:
         return self
@@ -112,16 +115,35 @@ class LayerWalk:
 
         UnsupportedError for a model that is quantized already.
         """
+        found = {name: part.linears[name] for name, part in self.parts().items()}
+        found.setdefault(HEAD, (self.config.hidden_size, self.config.vocab_size))
+        return found
+
+    def parts(self) -> dict[str, Part]:
+        """What the same layers are made of: several of them of one part where they are stored as one; a tied head of none."""
         plan = self._blueprint
         parts = [part for layer in plan.layers for part in (*layer.attention, *layer.mlp)]
         parts += [plan.head] if plan.head is not None else []
-        found: dict[str, tuple[int, int]] = {}
+        found: dict[str, Part] = {}
         for part in parts:
             if "weight" not in part.tensors:
                 raise UnsupportedError(f"{plan.checkpoint.folder}: {part.key} is quantized already: take the original model")
-            found |= {key: shape for key, shape in part.linears.items() if not self._is_router(key)}
-        found.setdefault(HEAD, (self.config.hidden_size, self.config.vocab_size))
+            found |= {key: part for key in part.linears if not self._is_router(key)}
         return found
+
+    def bias(self, name: str) -> np.ndarray | None:
+        """A linear layer's bias as it is stored, if it has one."""
+        part = self.parts().get(name)
+        if part is None or "bias" not in part.tensors:
+            return None
+        stored = {"bias": self._blueprint.checkpoint.array(part.tensors["bias"].name)}
+        own = [stored] if part.take_apart is None else part.take_apart(stored)
+        return dict(zip(part.linears, own, strict=True))[name]["bias"]
+
+    @property
+    def most_apart(self) -> int:
+        """Numbers in the largest of the parts that linear layers are taken out of."""
+        return max((part.parameters for part in self._apart.values()), default=0)
 
     def _is_router(self, key: str) -> bool:
         row = self.config.architecture
@@ -173,17 +195,25 @@ class LayerWalk:
         When the next one is asked for, the layer before it loses its weights, and is of no more use.
         """
         for index in range(first, len(self)):
-            layer = self._blueprint.layer(index)
+            layer = self._layer(index)
             yield index, layer
             _release(layer)
 
     def pairs(self, first: int = 0) -> Iterator[tuple[int, DecoderLayer, DecoderLayer]]:
         """As `layers`, every layer twice: the weights of one may be replaced, the other stays the original."""
         for index in range(first, len(self)):
-            layer, original = self._blueprint.layer(index), self._blueprint.layer(index)
+            layer, original = self._layer(index), self._layer(index)
             yield index, layer, original
             _release(layer)
             _release(original)
+
+    def _layer(self, index: int) -> DecoderLayer:
+        """A layer read now, whose weights can be let go one by one: all that share memory would stay as long as any of them."""
+        layer = self._blueprint.layer(index)
+        for linear in layer.linears():
+            if linear.name in self._apart:
+                linear.weight = words(linear.weight).copy().view(linear.weight.dtype)
+        return layer
 
     def record(self, layer: DecoderLayer, hidden: Any, feeds: Mapping[str, Feed]) -> dict[str, int]:
         """Hand each feed of `feeds`, {LayerInput.name: feed}, what its linear layers read -> how many tokens each got.

@@ -18,10 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from cupyq.errors import FormatError, UnsupportedError
+from cupyq.errors import FormatError
 from cupyq.formats.safetensors import Checkpoint, SafetensorsFile
 from cupyq.models.config import ModelConfig
-from cupyq.models.names import RenamedCheckpoint
 
 TEMPORARY = ".writing-"
 SHARD_BYTES = 8192 << 20
@@ -350,20 +349,6 @@ def model_files(checkpoint: Checkpoint, names: Iterable[str]) -> list[str]:
     """Names of all tensors in the files that hold any of `names`: a folder may also hold test data, which is no weight."""
     files = {checkpoint.file(name).path for name in names}
     return [name for file in checkpoint.files if file.path in files for name in file.names]
-
-
-def refuse_architecture(config: ModelConfig, checkpoint: Checkpoint) -> None:
-    """UnsupportedError for what is stored, or computed, in another way than a Llama."""
-    row, reason = config.architecture, None
-    fused = tuple(f".{name}.weight" for name in (row.fused_qkv, row.fused_gate_up) if name is not None)
-    if row.mlp_norm is None:
-        reason = "whose attention and MLP are side by side"
-    elif RenamedCheckpoint(checkpoint, row.renames).names != checkpoint.names:
-        reason = "whose tensors go by other names than Llama's"
-    elif row.is_transposed or any(name.endswith(fused) for name in checkpoint.names):
-        reason = "several of whose matrices are stored as one"
-    if reason is not None:
-        raise UnsupportedError(f"{config.path}: quantizing a {row.name}, {reason}, is not supported; cupyq runs it as it is")
 
 
 def refuse_quantized(config: ModelConfig, checkpoint: Checkpoint) -> None:
