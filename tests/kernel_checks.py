@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 from conftest import exact_bound
 
+from cupyq import _device, _kernels
+
 float16, bfloat16, float32 = map(np.dtype, (np.float16, ml_dtypes.bfloat16, np.float32))
 FLOATS = (float16, bfloat16, float32)
 
@@ -15,6 +17,17 @@ BAND = 64
 _SENTINEL = 0xA5
 
 on_both = pytest.mark.parametrize("library", ["numpy", pytest.param("cupy", marks=pytest.mark.gpu)])
+
+
+def is_hopper():
+    """Whether the current GPU takes the kernels of wgmma."""
+    return _device.current().arch == "sm_90a"
+
+
+def compile_on_hopper(forms):
+    """Compile kernels of wgmma together, in parallel; other GPUs take other ones."""
+    if is_hopper():
+        _kernels.compile_all(dict.fromkeys(forms), "sm_90a")
 
 
 def move(library, array):

@@ -5,10 +5,10 @@ import importlib
 
 import numpy as np
 from conftest import exact_bound
-from kernel_checks import ROUNDING, banded, float16, move, on_gpu, unwritten
+from kernel_checks import ROUNDING, banded, float16, is_hopper, move, on_gpu, unwritten
 from random_layers import random_exl2, random_gptq
 
-from cupyq import QMatrix, _device, _kernels
+from cupyq import QMatrix, _kernels
 from cupyq.formats import exl2, gptq
 from cupyq.models.warmup import compile_traced
 from cupyq.ops.qmatmul import qmatmul, qmatmul_gated, qmatmul_workspace_size
@@ -107,7 +107,7 @@ def compiled_first():
 
 def ways():
     """Of multiplying, on this GPU; see pick_kernel."""
-    return ("mma", "wgmma", "dequantise") if _device.current().arch == "sm_90a" else ("mma", "dequantise")
+    return ("mma", "wgmma", "dequantise") if is_hopper() else ("mma", "dequantise")
 
 
 def pin(monkeypatch, way):

@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from conftest import exact_bound
-from kernel_checks import sylvester
+from kernel_checks import is_hopper, sylvester
 
 from cupyq import _device, _kernels
 from cupyq.formats import kv_cache
@@ -631,7 +631,7 @@ def verify(cupy, q, k, v, meets_transform=False, **options):
 
 def takes_transformed(kernel, q):
     """Whether the kernel that takes so many tokens of head_dim 64 multiplies q4 and q8 keys as stored, with a transformed q."""
-    return kernel == "chosen" and (len(q) <= module._DECODE_QUERIES or _device.current().arch == "sm_90a")
+    return kernel == "chosen" and (len(q) <= module._DECODE_QUERIES or is_hopper())
 
 
 @pytest.fixture

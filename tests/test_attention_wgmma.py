@@ -9,9 +9,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 from conftest import exact_bound
-from kernel_checks import banded, random
+from kernel_checks import banded, compile_on_hopper, is_hopper, random
 
-from cupyq import _device, _kernels, _tensor_maps
+from cupyq import _kernels, _tensor_maps
 from cupyq._device import shared_bytes_limit
 from cupyq.errors import BackendError
 from cupyq.ops import attention_wgmma as wgmma
@@ -143,21 +143,15 @@ def test_launch_describes_its_arrays(encoder, monkeypatch):
 # --- the kernel -------------------------------------------------------------------------------------------------------
 
 
-def is_hopper():
-    return _device.current().arch == "sm_90a"
-
-
 @pytest.fixture(scope="module")
 def instances():
-    """Compiled together, in parallel; elsewhere attention() takes other kernels."""
-    if is_hopper():
-        forms = [
-            wgmma.attention_wgmma_instance(dtype, d, wgmma.pick_attention_wgmma_config(d), has_softcap)
-            for dtype in (float16, bfloat16)
-            for d in HEAD_DIMS
-            for has_softcap in (False, True)
-        ]
-        _kernels.compile_all(dict.fromkeys([*wgmma.INSTANCES, *forms]), "sm_90a")
+    forms = [
+        wgmma.attention_wgmma_instance(dtype, d, wgmma.pick_attention_wgmma_config(d), has_softcap)
+        for dtype in (float16, bfloat16)
+        for d in HEAD_DIMS
+        for has_softcap in (False, True)
+    ]
+    compile_on_hopper([*wgmma.INSTANCES, *forms])
 
 
 class Case:

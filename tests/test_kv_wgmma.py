@@ -6,10 +6,10 @@ import itertools
 import ml_dtypes
 import numpy as np
 import pytest
-from kernel_checks import banded
+from kernel_checks import banded, compile_on_hopper, is_hopper
 from test_attention_decode import cache_of, int32, paged, poison, problem_of, unused_slots, uploaded, verify_result
 
-from cupyq import _device, _kernels
+from cupyq import _kernels
 from cupyq._device import shared_bytes_limit
 from cupyq.ops import attention_wgmma as wgmma
 from cupyq.ops.attention import attention
@@ -66,20 +66,13 @@ def test_products_are_not_serialised_and_nothing_spills(kinds):
 # --- the kernel -------------------------------------------------------------------------------------------------------
 
 
-def is_hopper():
-    return _device.current().arch == "sm_90a"
-
-
 @pytest.fixture(scope="module")
 def instances():
-    """Compiled together, in parallel; elsewhere attention() takes other kernels."""
-    if is_hopper():
-        forms = [
-            wgmma.attention_wgmma_instance(dtype, head_dim, wgmma.pick_attention_wgmma_config(head_dim), has_softcap, *kinds)
-            for dtype, head_dim, kinds in FORMS
-            for has_softcap in (False, True)
-        ]
-        _kernels.compile_all(dict.fromkeys(forms), "sm_90a")
+    compile_on_hopper(
+        wgmma.attention_wgmma_instance(dtype, head_dim, wgmma.pick_attention_wgmma_config(head_dim), has_softcap, *kinds)
+        for dtype, head_dim, kinds in FORMS
+        for has_softcap in (False, True)
+    )
 
 
 def make(
