@@ -248,12 +248,12 @@ class Generator:
         for run in list(self._prefilling):
             end = run.start - 1
             while run.fed < end and budget > 0:
-                count = min(end - run.fed, budget)
+                left = end - run.fed
                 if self.batch_invariant:
-                    count = min(count, size - run.fed % size)
-                elif count < end - run.fed:
-                    count = (run.fed + count) // size * size - run.fed
-                if count <= 0:
+                    count = min(left, size - run.fed % size)
+                else:
+                    count = left if left <= budget else (run.fed + budget) // size * size - run.fed
+                if not 0 < count <= budget:
                     return self._join()
                 self._pass_prompt(run, count)
                 budget -= count
