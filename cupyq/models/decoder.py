@@ -177,10 +177,9 @@ class Decoder:
             raise ValueError(f"{n} more steps pass the decoder's max_len of {self.capacity}: ask for at most {most}")
 
     def _queue_step(self) -> None:
-        self.model.check()  # a graph does not look
         self._select()
         if self._graph is not None:
-            self._graph.launch()
+            self.model.launch(self._graph)
         else:
             self._compute()  # allocates what a capture then finds in the pool
             if self._uses_graphs:

@@ -332,6 +332,10 @@ class Model:
     def check(self) -> None:
         """BackendError where one of those who run this model together has failed."""
 
+    def launch(self, graph: Any) -> None:
+        """Queue a CUDA graph of this model's work on the current stream."""
+        graph.launch()
+
     # --- checks at the edge ---
 
     def checked_ids(self, ids: Any) -> Any:

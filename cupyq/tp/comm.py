@@ -151,6 +151,11 @@ class Comm:
         self.check()
         self._barrier()
 
+    def launch(self, graph):
+        """Queue a CUDA graph that holds collectives on the current stream; every rank launches its own."""
+        self.check()
+        graph.launch()
+
     def wait(self):
         """Wait for this rank's current stream, watching the others meanwhile; on the CPU there is nothing to wait for.
 

@@ -96,3 +96,6 @@ class RankModel(Model):
 
     def check(self) -> None:
         self.comm.check()
+
+    def launch(self, graph: Any) -> None:
+        self.comm.launch(graph)

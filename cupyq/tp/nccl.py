@@ -57,9 +57,11 @@ class NcclComm(Comm):
         self._watch, self._stall_s = watch, stall_s
         self._lock = threading.Lock()  # an abort from the watchdog frees what a call uses
         self._calls = 0
-        self._abort_once, self._is_aborted = threading.Lock(), False
+        self._abort_once = threading.Lock()
+        self._aborting = None  # the thread that aborts, once something failed
         self._peer = None  # the memory that the GPUs write for each other, where they do
         self._launches = []  # within together(): (stream, launch, is it new to this GPU) of kernels that exchange by it
+        self._lockstep = None  # with the other ranks' threads, where this process has them
         names = {float16: "FLOAT16", bfloat16: "BFLOAT16", float32: "FLOAT32", int32: "INT32"}
         self._types = {dtype: getattr(self._nccl, f"NCCL_{name}") for dtype, name in names.items()}
         with self.xp.cuda.Device(device):
@@ -142,13 +144,17 @@ class NcclComm(Comm):
             time.sleep(_POLL_S)
         self.check()
 
+    def launch(self, graph):
+        self.check()
+        self._in_turn("a graph", graph.launch)
+
     def _all_reduce(self, array, out):
         if self._peer is not None and self._peer.way_of(array.nbytes):
             self._exchange("sum", functools.partial(self._peer.all_reduce, array, out), array, out)
             return
         source, target = array.data.ptr, out.data.ptr
         kind = self._types[array.dtype]
-        self._queue("allReduce", source, target, array.size, kind, self._nccl.NCCL_SUM)
+        self._queue(("allReduce", source, target, array.size, kind, self._nccl.NCCL_SUM))
 
     def _all_reduce_add(self, array, residual, workspace):
         if self._peer is None or not self._peer.way_of(array.nbytes):
@@ -168,32 +174,51 @@ class NcclComm(Comm):
         """Queue one kernel that exchanges by peer memory, by launch(is_empty=...). name, arrays: what decides which it is."""
         self.check()
         self._calls += 1
+        kind = name, *((array.dtype, array.shape, array.data.ptr % 32) for array in arrays)
+        is_new = self._peer.needs_loading(kind)
+        if self._later is not None:
+            with self._on_device():
+                self._launches.append((self.xp.cuda.get_current_stream(), launch, is_new))
+            return
+        if is_new and self._lockstep is not None:
+            with self._on_device():
+                launch(is_empty=True)
+        self._in_turn(name, functools.partial(launch, is_empty=False))
+
+    def _in_turn(self, name, work):
+        """Do what makes the GPU wait for other ranks, on this device's current stream."""
         with self._on_device():
-            if self._later is None:
-                launch(is_empty=False)
+            if self._lockstep is None or self._later is not None:
+                work()
                 return
-            kind = name, *((array.dtype, array.shape, array.data.ptr % 32) for array in arrays)
-            self._launches.append((self.xp.cuda.get_current_stream(), launch, self._peer.needs_loading(kind)))
+            stream = self.xp.cuda.get_current_stream()
+
+        def placed():
+            with self._on_device(), stream:
+                work()
+
+        self._lockstep.come(self, name, placed)
 
     def _all_gather(self, array, flat, ends):
         kind, item = self._types[array.dtype], array.dtype.itemsize
         if all(end == array.size * (rank + 1) for rank, end in enumerate(ends)):
-            self._queue("allGather", array.data.ptr, flat.data.ptr, array.size, kind)
+            self._queue(("allGather", array.data.ptr, flat.data.ptr, array.size, kind))
             return
         # NCCL gathers equal parts only. Unequal ones are broadcasts of every rank in one group, which it runs as one.
-        with self._grouped():
-            for rank, (begin, end) in enumerate(zip((0, *ends), ends, strict=False)):
-                if begin < end:
-                    target = flat.data.ptr + begin * item
-                    source = array.data.ptr if rank == self.rank else target
-                    self._queue("broadcast", source, target, end - begin, kind, rank)
+        parts = []
+        for rank, (begin, end) in enumerate(zip((0, *ends), ends, strict=False)):
+            if begin < end:
+                target = flat.data.ptr + begin * item
+                source = array.data.ptr if rank == self.rank else target
+                parts.append(("broadcast", source, target, end - begin, kind, rank))
+        self._queue(*parts)
 
     def _broadcast(self, array, root):
-        self._queue("broadcast", array.data.ptr, array.data.ptr, array.size, self._types[array.dtype], root)
+        self._queue(("broadcast", array.data.ptr, array.data.ptr, array.size, self._types[array.dtype], root))
 
     def _barrier(self):
         token = self._token.data.ptr
-        self._queue("allReduce", token, token, 1, self._types[int32], self._nccl.NCCL_SUM)
+        self._queue(("allReduce", token, token, 1, self._types[int32], self._nccl.NCCL_SUM))
         self._follow(self.wait)
 
     def _follow(self, work):
@@ -209,18 +234,24 @@ class NcclComm(Comm):
 
         self._later.append(later)
 
-    def _queue(self, name, *arguments):
-        """Queue one operation of NCCL on this device's current stream."""
-        with self._lock, self._on_device():
+    def _queue(self, *operations):
+        """Queue operations of NCCL, each (name, *arguments) and all as one, on this device's current stream."""
+        self.check()
+        self._calls += 1
+        self._in_turn(" ".join(name for name, *_ in operations), functools.partial(self._call_all, operations))
+
+    def _call_all(self, operations):
+        with self._lock:
             self.check()
-            self._calls += 1
             stream = self.xp.cuda.get_current_stream().ptr
             try:
-                getattr(self._communicator, name)(*arguments, stream)
+                with self._grouped() if len(operations) > 1 else contextlib.nullcontext():
+                    for name, *arguments in operations:
+                        getattr(self._communicator, name)(*arguments, stream)
                 return
             except _NCCL_ERRORS as error:
                 problem = one_line(error)
-        self._stop(f"rank {self.rank}: NCCL's {name} failed ({problem}): {_HOW_TO_SEE}")
+        self._stop(f"rank {self.rank}: NCCL's {operations[0][0]} failed ({problem}): {_HOW_TO_SEE}")
 
     @contextlib.contextmanager
     def _grouped(self, comms=()):
@@ -270,7 +301,7 @@ class NcclComm(Comm):
 
     def _probe(self):
         """What NCCL has noticed by itself, such as a connection to another host that broke; None while all is well."""
-        if self._is_aborted or self._is_closed or not self._lock.acquire(blocking=False):
+        if self._aborting is not None or self._is_closed or not self._lock.acquire(blocking=False):
             return None
         try:
             self._communicator.check_async_error()
@@ -287,22 +318,26 @@ class NcclComm(Comm):
     def _fail(self, cause):
         """Free the GPU of kernels that wait for a rank which will not come; called by the watchdog's thread as well."""
         with self._abort_once:
-            if self._is_aborted:
+            if self._aborting is not None:
                 return
-            self._is_aborted = True
-        super()._fail(self.failure or one_line(cause))
+            super()._fail(self.failure or one_line(cause))
+            # NCCL's abort first stops its kernels, then waits for the end of every CUDA graph that holds some: a decoder's
+            # lives on in whoever has the error to handle, who must not wait for it in turn.
+            self._aborting = threading.Thread(target=self._abort, name=f"cupyq NCCL abort {self.rank}", daemon=True)
+            self._aborting.start()
         if self._peer is not None:
             self._peer.stop()
         if self._watch is not None:
             self._watch.fail(self.failure)
+
+    def _abort(self):
         # A call that holds the lock for long hangs inside NCCL, and returns when it is aborted.
         is_held = self._lock.acquire(timeout=_BUSY_S)
-        try:
-            # Source: NCCL user guide, ncclCommAbort "frees resources ... aborts any uncompleted operations".
+        # Source: NCCL user guide, ncclCommAbort "frees resources ... aborts any uncompleted operations".
+        with contextlib.suppress(*_NCCL_ERRORS):  # the cause is known already
             self._communicator.abort()
-        finally:
-            if is_held:
-                self._lock.release()
+        if is_held:
+            self._lock.release()
 
     def _close(self):
         if self._watch is not None:
@@ -310,9 +345,15 @@ class NcclComm(Comm):
         if self._peer is not None:
             memory, self._peer = self._peer, None
             memory.close()
-        if not self._is_aborted:
-            with self._lock:
-                self._communicator.destroy()
+        ending = self._aborting
+        if ending is None:  # it waits for the end of graphs, too
+            ending = threading.Thread(target=self._destroy, name=f"cupyq NCCL end {self.rank}", daemon=True)
+            ending.start()
+        ending.join(_BUSY_S)
+
+    def _destroy(self):
+        with self._lock, contextlib.suppress(*_NCCL_ERRORS):
+            self._communicator.destroy()
 
 
 # NcclError and CUDARuntimeError are RuntimeErrors; for a status that is missing in its table of names CuPy raises KeyError.

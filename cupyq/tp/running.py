@@ -5,6 +5,7 @@ import threading
 from cupyq import _device
 from cupyq.tp.bootstrap import choose_backend, connect, find_place, group
 from cupyq.tp.comm import one_line
+from cupyq.tp.lockstep import Lockstep
 
 _POLL_S = 0.2
 
@@ -17,6 +18,9 @@ def run(function, ranks, *, backend="auto", devices=None):
     and is raised here.
     """
     comms = group(ranks, backend=backend, devices=devices)
+    lockstep = Lockstep(ranks) if ranks > 1 else None
+    for comm in comms:
+        comm._lockstep = lockstep
     results, errors = [None] * ranks, []
 
     def work(comm):
