@@ -101,7 +101,7 @@ def receipt_state(receipt=RECEIPT, root=ROOT):
         return f"{name}: missing; `make gpu` on a machine with a GPU writes it"
     recorded = json.loads(receipt.read_text())
     now = source_digests(root)
-    where = f"{', '.join(recorded['gpus'])}, {recorded['date']}, {recorded['counts']['passed']} passed"
+    where = "; ".join(_in_words(run) for run in recorded["runs"])
     if recorded["digest"] == digest_of(now):
         return f"{name}: matches the sources ({where})"
     before = recorded["files"]
@@ -110,15 +110,28 @@ def receipt_state(receipt=RECEIPT, root=ROOT):
     return f"{name}: differs from the sources ({where}): {', '.join(changed[:5])}{more}; run `make gpu` again"
 
 
-def _why_no_receipt(config, exitstatus, collected, counts):
+def _in_words(run):
+    gpus = ", ".join(f"{run['gpus'].count(name)} x {name}" for name in dict.fromkeys(run["gpus"]))
+    which = "" if run["tests"] == "all" else f" of {len(run['tests'])} files"
+    return f"{gpus}, {run['date']}, {run['counts']['passed']} passed{which}"
+
+
+def _chosen_tests(config):
+    """ "all", or the files under tests/ that this run was given."""
+    if config.args_source is not config.ArgsSource.ARGS:
+        return "all"
+    paths = sorted(Path(argument).resolve() for argument in config.args)
+    return "all" if paths == [ROOT / "tests"] else [path.relative_to(ROOT).as_posix() for path in paths]
+
+
+def _why_no_receipt(config, path, exitstatus, collected, counts):
     """The reason this run proves too little for a receipt, or None."""
     if gpu_count() == 0:
         return "there is no GPU"
     if exitstatus != 0 or counts["failed"]:
         return "not everything passed"
-    named = config.args_source is config.ArgsSource.ARGS
-    if named and [Path(argument).resolve() for argument in config.args] != [ROOT / "tests"]:
-        return "only a part of tests/ was run"
+    if _chosen_tests(config) != "all" and not (path.exists() and receipt_state(path).startswith(f"{path.name}: matches")):
+        return "only a part of tests/ was run, which adds to the receipt of a whole run of the same sources alone"
     if not collected or sum(counts.values()) != collected:
         return f"{sum(counts.values())} of {collected} gpu tests ran"
     return None
@@ -146,12 +159,14 @@ def _version_text(number):
     return f"{number // 1000}.{number % 1000 // 10}"
 
 
-def write_receipt(path, counts):
+def write_receipt(path, counts, tests="all"):
+    """Of a run of all tests; one of some of them, say those for several GPUs, is added to that of the same sources."""
     import cupy
 
     runtime = cupy.cuda.runtime
     digests = source_digests()
-    receipt = {
+    run = {
+        "tests": tests,
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         "gpus": [runtime.getDeviceProperties(i)["name"].decode() for i in range(runtime.getDeviceCount())],
         "driver": _driver_version(),
@@ -162,10 +177,11 @@ def write_receipt(path, counts):
         "numpy": np.__version__,
         "python": platform.python_version(),
         "counts": counts,
-        "digest": digest_of(digests),
-        "files": digests,
     }
-    Path(path).write_text(json.dumps(receipt, indent=1) + "\n")
+    before = [] if tests == "all" else json.loads(path.read_text())["runs"]
+    before = [other for other in before if (other["tests"], other["gpus"]) != (tests, run["gpus"])]
+    receipt = {"digest": digest_of(digests), "runs": [*before, run], "files": digests}
+    path.write_text(json.dumps(receipt, indent=1) + "\n")
 
 
 def _golden_table(reporter):
@@ -198,10 +214,10 @@ def pytest_terminal_summary(terminalreporter, exitstatus, config):
         terminalreporter.write_line(line)
     if path := config.getoption("--gpu-receipt"):
         counts = _gpu_counts(terminalreporter)
-        if reason := _why_no_receipt(config, exitstatus, config.stash.get(_COLLECTED, 0), counts):
+        if reason := _why_no_receipt(config, Path(path), exitstatus, config.stash.get(_COLLECTED, 0), counts):
             terminalreporter.write_line(f"no receipt written: {reason}")
         else:
-            write_receipt(path, counts)
+            write_receipt(Path(path), counts, _chosen_tests(config))
             terminalreporter.write_line(f"receipt written: {path}")
     terminalreporter.write_line(receipt_state())
 

@@ -539,7 +539,9 @@ def fake_tree(root):
 def write_fake_receipt(root):
     digests = source_digests(root)
     counts = {"passed": 7, "failed": 0, "skipped": 0}
-    record = {"gpus": ["GPU"], "date": "2026-01-02", "counts": counts, "digest": digest_of(digests), "files": digests}
+    run = {"tests": "all", "gpus": ["GPU"], "date": "2026-01-02", "counts": counts}
+    some = {"tests": ["tests/test_a.py"], "gpus": ["Big", "Big", "GPU"], "date": "2026-01-03", "counts": counts}
+    record = {"digest": digest_of(digests), "runs": [run, some], "files": digests}
     receipt = root / "tests/gpu_receipt.json"
     receipt.write_text(json.dumps(record))
     return receipt
@@ -549,7 +551,8 @@ def test_the_receipt_notices_every_source_change(tmp_path):
     root = fake_tree(tmp_path)
     assert "missing" in receipt_state(root / "tests/gpu_receipt.json", root)
     receipt = write_fake_receipt(root)
-    assert "matches the sources (GPU, 2026-01-02, 7 passed)" in receipt_state(receipt, root)
+    runs = "1 x GPU, 2026-01-02, 7 passed; 2 x Big, 1 x GPU, 2026-01-03, 7 passed of 1 files"
+    assert f"matches the sources ({runs})" in receipt_state(receipt, root)
     for name in source_digests(root):
         path = root / name
         text = path.read_text()
@@ -630,13 +633,33 @@ def test_a_run_on_a_gpu_leaves_a_receipt(run_pytest, tmp_path, processes):
     options = ("-m", "gpu", "--require-gpu", "--gpu-receipt", "tests/gpu_receipt.json", *processes)
     result = run_pytest(*options, cupy=FAKE_CUPY)
     assert result.returncode == 0 and "receipt written" in result.stdout, result.stdout
-    assert "gpu_receipt.json: matches the sources (Fake GPU" in result.stdout
+    assert "gpu_receipt.json: matches the sources (1 x Fake GPU" in result.stdout
     receipt = json.loads((tmp_path / "tests/gpu_receipt.json").read_text())
-    assert receipt["counts"] == {"passed": 2, "failed": 0, "skipped": 0}
-    assert receipt["gpus"] == ["Fake GPU"] and receipt["nvrtc"] == "12.9"
-    assert (receipt["cuda_of_driver"], receipt["cuda_of_runtime"]) == ("13.0", "12.9")
+    (run,) = receipt["runs"]
+    assert run["tests"] == "all" and run["counts"] == {"passed": 2, "failed": 0, "skipped": 0}
+    assert run["gpus"] == ["Fake GPU"] and run["nvrtc"] == "12.9"
+    assert (run["cuda_of_driver"], run["cuda_of_runtime"]) == ("13.0", "12.9")
     assert receipt["files"] == source_digests(tmp_path) and receipt["digest"] == digest_of(receipt["files"])
     assert "matches" in run_pytest(cupy=FAKE_CUPY).stdout
+
+
+def test_a_run_of_some_tests_adds_to_the_receipt_of_the_same_sources(run_pytest, tmp_path):
+    receipt = tmp_path / "tests/gpu_receipt.json"
+    options = ("-m", "gpu", "--require-gpu", "--gpu-receipt", "tests/gpu_receipt.json")
+    run_pytest(*options, cupy=FAKE_CUPY)
+    (whole,) = json.loads(receipt.read_text())["runs"]
+    two = FAKE_CUPY.replace("lambda: 1,", "lambda: 2,")
+    for _ in range(2):  # a second time in its place
+        assert "receipt written" in run_pytest(*options, "tests/test_two.py", cupy=two).stdout
+        first, other = json.loads(receipt.read_text())["runs"]
+        assert first == whole and other["tests"] == ["tests/test_two.py"] and other["gpus"] == ["Fake GPU"] * 2
+    (tmp_path / "tests/test_more.py").write_text("")
+    before = receipt.read_text()
+    assert "no receipt written: only a part of tests/" in run_pytest(*options, "tests/test_two.py", cupy=two).stdout
+    assert receipt.read_text() == before
+    run_pytest(*options, cupy=two)
+    (whole,) = json.loads(receipt.read_text())["runs"]
+    assert whole["tests"] == "all" and len(whole["gpus"]) == 2
 
 
 @pytest.mark.parametrize(
