@@ -31,12 +31,7 @@ def run(arguments):
             rows, is_right = quantize.run(wanted, arguments.out, lines)
         return {"rows": rows}, 0 if is_right else 1
     if arguments.family == "tp":
-        from cupyq.bench import tp
-
-        counts = None if arguments.gpus is None else tp.gpu_counts(arguments.gpus)
-        with _lines(arguments.out_file) as lines:
-            rows, is_right = tp.run(tp.Options.parse(counts, arguments.quick), arguments.out, lines)
-        return {"rows": rows}, 0 if is_right else 1
+        return _run_tp(arguments)
     from cupyq.bench import qmatmul, sweep
 
     if arguments.family is None:
@@ -54,6 +49,25 @@ def run(arguments):
     )
     with _lines(arguments.out_file) as lines:
         rows, is_right = (sweep if arguments.sweep else qmatmul).run(options, arguments.out, lines)
+    return {"rows": rows}, 0 if is_right else 1
+
+
+def _run_tp(arguments):
+    from cupyq.bench import tp, tp_decode
+
+    counts = None if arguments.gpus is None else tp.gpu_counts(arguments.gpus)
+    several = None if counts is None else tuple(count for count in counts if count > 1 or arguments.what == "all-reduce")
+    work = []
+    if arguments.what == "all-reduce" or (arguments.what == "all" and several != ()):
+        work.append((tp.run, tp.Options.parse(several, arguments.quick)))
+    if arguments.what != "all-reduce":
+        asked = (arguments.shape, arguments.bits, arguments.layers, counts, arguments.backend, arguments.quick)
+        work.append((tp_decode.run, tp_decode.Options.parse(*asked)))
+    rows, is_right = [], True
+    with _lines(arguments.out_file) as lines:
+        for measure, options in work:
+            found, is_part_right = measure(options, arguments.out, lines)
+            rows, is_right = rows + found, is_right and is_part_right
     return {"rows": rows}, 0 if is_right else 1
 
 

@@ -8,7 +8,7 @@ families:
   attention decoding and prompts over contiguous, paged and quantized caches, beside PyTorch's FlashAttention and cuDNN
   model     a model of random weights: tokens per second, loading, the first token
   quantize  the steps of making quantized weights: scales, rows, Hessians, matrices, a layer
-  tp        sums over several GPUs, 4 KB to 64 MB: NCCL, our kernels, and what the links allow
+  tp        over several GPUs: sums of 4 KB to 64 MB, by NCCL and our kernels; tokens per second of a split model
 
 Without a family: a short qmatmul table. Everything is verified before it is timed, and compared with what this machine can
 do at most, measured in the same run.
@@ -28,7 +28,7 @@ def add_arguments(parser, whole):
     _add_attention(_family(families, "attention"), whole)
     _add_model(_family(families, "model"), whole)
     _add_quantize(_family(families, "quantize"), whole)
-    _add_tp(_family(families, "tp"))
+    _add_tp(_family(families, "tp"), whole)
 
 
 def _family(families, name):
@@ -98,9 +98,14 @@ def _add_quantize(sub, whole):
     sub.add_argument("--backend", choices=("auto", "numpy", "cupy"), default="auto", help="default: cupy where a GPU is usable")
 
 
-def _add_tp(sub):
-    sub.add_argument("--gpus", metavar="N,...", help="numbers of GPUs; default: 2, 4 and 8, as far as there are so many")
-    sub.add_argument("--quick", action="store_true", help="six sizes")
+def _add_tp(sub, whole):
+    sub.add_argument("--what", choices=("all-reduce", "decode", "all"), default="all", help="default: all")
+    sub.add_argument("--gpus", metavar="N,...", help="numbers of GPUs; default: 1, 2, 4 and 8, as far as there are so many")
+    sub.add_argument("--shape", default="llama-3.1-70b", metavar="MODEL", help="to decode; default llama-3.1-70b")
+    sub.add_argument("--bits", default="4", help="EXL2 width or mixture of the decoder's layers; default 4")
+    sub.add_argument("--layers", type=whole(1), metavar="N", help="fewer layers, for less memory")
+    sub.add_argument("--backend", choices=("auto", "numpy", "cupy"), default="auto", help="to decode; numpy: in threads")
+    sub.add_argument("--quick", action="store_true", help="six sizes; eight layers, fewer steps")
 
 
 def lengths(text):

@@ -10,7 +10,7 @@ import numpy as np
 from cupyq._arrays import float16
 from cupyq.bench.random_matrices import Words, head_kind, parse_kind, random_tensors, words_needed
 from cupyq.formats.safetensors import TensorInfo
-from cupyq.models import loader
+from cupyq.models import ModelConfig, loader
 
 _SHARD_BYTES = 1 << 30
 
@@ -105,20 +105,35 @@ class RandomCheckpoint:
         return sum(self._tensors[name].nbytes for name in names)
 
 
-def random_checkpoint(config, bits, head_bits):
-    """Of a shape's config, `bits` as `parse_kind` takes them. ValueError for bits that are none, or GPTQ."""
+def decoder_kind(bits):
+    """The Kind of the decoder's layers, `bits` as `parse_kind` takes them. ValueError for bits that are none, or GPTQ."""
     kind = parse_kind(bits)
     if kind.is_gptq:
         raise ValueError(f"--bits: {bits!r}, but models are made as EXL2: name widths or mixtures")
-    return RandomCheckpoint(config, kind, head_kind(head_bits))
+    return kind
+
+
+def random_checkpoint(config, bits, head_bits):
+    """Of a shape's config. ValueError for bits that are none, or GPTQ."""
+    return RandomCheckpoint(config, decoder_kind(bits), head_kind(head_bits))
 
 
 def random_model(config, bits, head_bits, backend="auto"):
     """A Model of random weights, built by `load_model` as from a folder."""
-    checkpoint = random_checkpoint(config, bits, head_bits)
+    return model_of(random_checkpoint(config, bits, head_bits), config, backend)
+
+
+def model_of(checkpoint, config, backend="auto"):
+    """The same of a random checkpoint of this config."""
     with tempfile.TemporaryDirectory() as folder, _in_place_of_files(checkpoint):
         _write_config(config, folder)
         return loader.load_model(folder, backend=backend)
+
+
+def model_config(config):
+    """A shape's config as a ModelConfig, read as from a folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        return ModelConfig.from_file(_write_config(config, folder))
 
 
 @contextlib.contextmanager
