@@ -400,7 +400,7 @@ def test_caches_and_adapters_on_gpus(several_gpus, tmp_path, kind):  # noqa: F81
 
     first, last, _ = on_ranks(name, 2, work, "cupy")
     exact = work(load_model(folder_of(name), "numpy"))
-    alone = work(on_gpu(name))
+    alone = work(load_model(folder_of(name), "cupy"))
     for found, one, expected in zip((first, last), alone, exact, strict=False):
         assert relative(found, expected) <= 3 * relative(one, expected) + 2e-3
 
@@ -468,13 +468,10 @@ def test_graphs_outlive_their_communicator(several_gpus, tmp_path, how):  # noqa
     finally:
         for process in processes:
             process.kill()
-    assert seconds < 10, said
+    codes = [process.returncode for process in processes]
+    assert seconds < 10, (codes, said)
     if how == "killed":
-        assert last.returncode == -9
-        assert all(
-            p.returncode == 1 and f"rank {ranks - 1} " in e and "died" in e for p, (_, e) in zip(survivors, said, strict=True)
-        ), said
+        assert codes == [1] * (ranks - 1) + [-9], said
+        assert all(f"rank {ranks - 1} " in error and "died" in error for _, error in said), said
     else:
-        assert last.returncode == 0 and all(
-            p.returncode == 0 and o == "left\n" for p, (o, _) in zip(survivors, said, strict=True)
-        ), said
+        assert codes == [0] * ranks and all(told == "left\n" for told, _ in said), (codes, said)

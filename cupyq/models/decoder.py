@@ -183,7 +183,7 @@ class Decoder:
         else:
             self._compute()  # allocates what a capture then finds in the pool
             if self._uses_graphs:
-                self._graph = self._queue.captured(self._compute)
+                self._graph = self.model.adopt(self._queue.captured(self._compute))
         self.length += 1
         self._drawn += 1
 

@@ -332,8 +332,12 @@ class Model:
     def check(self) -> None:
         """BackendError where one of those who run this model together has failed."""
 
+    def adopt(self, graph: Any) -> Any:
+        """What `launch` takes for a CUDA graph of this model's work."""
+        return graph
+
     def launch(self, graph: Any) -> None:
-        """Queue a CUDA graph of this model's work on the current stream."""
+        """Queue a graph that was adopted on the current stream."""
         graph.launch()
 
     # --- checks at the edge ---

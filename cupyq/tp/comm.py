@@ -151,8 +151,12 @@ class Comm:
         self.check()
         self._barrier()
 
+    def adopt(self, graph):
+        """What `launch` takes for a CUDA graph that holds collectives. The graph ends with this communicator."""
+        return graph
+
     def launch(self, graph):
-        """Queue a CUDA graph that holds collectives on the current stream; every rank launches its own."""
+        """Queue a graph that was adopted on the current stream; every rank launches its own."""
         self.check()
         graph.launch()
 

@@ -97,5 +97,8 @@ class RankModel(Model):
     def check(self) -> None:
         self.comm.check()
 
+    def adopt(self, graph: Any) -> Any:
+        return self.comm.adopt(graph)
+
     def launch(self, graph: Any) -> None:
         self.comm.launch(graph)

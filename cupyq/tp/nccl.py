@@ -12,6 +12,7 @@ import importlib
 import threading
 import time
 import warnings
+import weakref
 
 import numpy as np
 
@@ -41,6 +42,13 @@ def unique_id():
     return _call("get_unique_id", nccl().get_unique_id)
 
 
+class _Adopted:
+    """A CUDA graph that ends with its communicator, whoever holds this."""
+
+    def __init__(self, graph):
+        self.graph = graph
+
+
 class NcclComm(Comm):
     """A rank on a GPU. `NcclComm.group(devices)` drives several from one process, `NcclComm.join(...)` one from each.
 
@@ -61,6 +69,7 @@ class NcclComm(Comm):
         self._aborting = None  # the thread that aborts, once something failed
         self._peer = None  # the memory that the GPUs write for each other, where they do
         self._launches = []  # within together(): (stream, launch, is it new to this GPU) of kernels that exchange by it
+        self._graphs = weakref.WeakSet()  # those of adopt() that somebody still has
         self._lockstep = None  # with the other ranks' threads, where this process has them
         names = {float16: "FLOAT16", bfloat16: "BFLOAT16", float32: "FLOAT32", int32: "INT32"}
         self._types = {dtype: getattr(self._nccl, f"NCCL_{name}") for dtype, name in names.items()}
@@ -144,9 +153,14 @@ class NcclComm(Comm):
             time.sleep(_POLL_S)
         self.check()
 
+    def adopt(self, graph):
+        adopted = _Adopted(graph)
+        self._graphs.add(adopted)
+        return adopted
+
     def launch(self, graph):
         self.check()
-        self._in_turn("a graph", graph.launch)
+        self._in_turn("a graph", graph.graph.launch)
 
     def _all_reduce(self, array, out):
         if self._peer is not None and self._peer.way_of(array.nbytes):
@@ -340,13 +354,19 @@ class NcclComm(Comm):
             self._lock.release()
 
     def _close(self):
+        adopted = list(self._graphs)
+        if adopted and self.failure is None:
+            with self._on_device():
+                self.xp.cuda.runtime.deviceSynchronize()  # while the watchdog still frees it where another rank dies
+        for graph in adopted:
+            graph.graph = None
         if self._watch is not None:
             self._watch.close()
         if self._peer is not None:
             memory, self._peer = self._peer, None
             memory.close()
         ending = self._aborting
-        if ending is None:  # it waits for the end of graphs, too
+        if ending is None:  # waits, too, for graphs that were not adopted
             ending = threading.Thread(target=self._destroy, name=f"cupyq NCCL end {self.rank}", daemon=True)
             ending.start()
         ending.join(_BUSY_S)
