@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import os
 import re
 
 import numpy as np
@@ -50,10 +51,14 @@ EVERYTHING = dataclasses.replace(
 )
 
 
+JOBS = int(os.environ.get("CUPYQ_TEST_JOBS", "0"))
+"""Jobs in the tests where many come and go, in place of as many as `make test` has time for."""
+
+
 def churn(generator, rng, jobs, options=(), cancel_share=0.1):
     """Jobs that come at random times, some of which are given up -> (all jobs, events)."""
     waiting, events, live = list(jobs), [], []
-    for _ in range(20000):
+    for _ in range(20000 + 20 * len(waiting)):
         while waiting and rng.random() < 0.4:
             live.append(generator.add(waiting.pop()))
         if generator.is_idle and not waiting:
@@ -74,14 +79,14 @@ def test_hundreds_of_jobs_that_come_and_go_are_each_as_if_alone(is_invariant):
     generator = small_generator(model, cache_tokens=40 * 16, batch_invariant=is_invariant)
     starts = rng.integers(0, 96, (2, 50)).tolist()
     jobs = []
-    for _ in range(250):
+    for _ in range(JOBS or 250):
         job = random_job(rng, longest=40, stop_tokens=rng.integers(0, 96, 4).tolist())
         job.prompt = [*starts[int(rng.integers(2))][: int(rng.integers(0, 50))], *job.prompt]
         jobs.append(job)
     events = churn(generator, rng, jobs)
     assert all(job.is_done for job in jobs)
     reasons = [job.reason for job in jobs]
-    assert {"length", "stop_token", "cancelled"} == set(reasons) and reasons.count("cancelled") < 125
+    assert {"length", "stop_token", "cancelled"} == set(reasons) and reasons.count("cancelled") < len(jobs) / 2
     for job in jobs:
         expected = alone(model, job)
         assert job.tokens == (expected[: len(job.tokens)] if job.reason == "cancelled" else expected)
@@ -674,14 +679,14 @@ def test_other_arguments():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("is_invariant", [True, False], ids=["batch_invariant", "default"])
-def test_jobs_on_the_gpu_are_as_if_alone(is_invariant, cupy):
+def test_jobs_on_the_gpu_are_as_if_alone(is_invariant, cupy, capsys):
     """Bit for bit in a batch-invariant generator; otherwise but for near ties, which are counted."""
     model, rng = gpu_model(), np.random.default_rng(11)
     start = rng.integers(0, 96, 40).tolist()
 
     def jobs():
         numbers = np.random.default_rng(12)
-        made = [random_job(numbers, longest=40, logprobs=3 if i % 5 == 0 else None) for i in range(40)]
+        made = [random_job(numbers, longest=40, logprobs=3 if i % 5 == 0 else None) for i in range(JOBS or 40)]
         for job in made[::2]:
             job.prompt = [*start, *job.prompt]
         return made
@@ -689,6 +694,7 @@ def test_jobs_on_the_gpu_are_as_if_alone(is_invariant, cupy):
     generator = small_generator(model, cache_tokens=1024, batch_invariant=is_invariant)
     together = jobs()
     events = churn(generator, rng, list(together), cancel_share=0)
+    ties = 0
     for one, job in zip(jobs(), together, strict=True):
         single = small_generator(model, batch_invariant=is_invariant)
         single.add(one)
@@ -697,8 +703,12 @@ def test_jobs_on_the_gpu_are_as_if_alone(is_invariant, cupy):
             told, wanted = ([x for e in some for x in e.logprobs if e.job is j] for some, j in ((events, job), (expected, one)))
             assert job.tokens == one.tokens and told == wanted
         else:
+            ties += job.tokens != one.tokens
             assert same_but_for_a_near_tie(model, job.prompt, job.tokens, one.tokens)
     assert generator.free_pages == generator.pages and generator.cached_tokens > 0
+    if JOBS:
+        with capsys.disabled():
+            print(f"\n{len(together)} jobs, {ties} of them with another token at a near tie")
 
 
 @pytest.mark.gpu

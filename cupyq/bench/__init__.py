@@ -30,6 +30,11 @@ def run(arguments):
         with _lines(arguments.out_file) as lines:
             rows, is_right = quantize.run(wanted, arguments.out, lines)
         return {"rows": rows}, 0 if is_right else 1
+    if arguments.family == "serve":
+        from cupyq.bench import serve
+
+        with _lines(arguments.out_file) as lines:
+            return {"rows": serve.run(arguments, arguments.out, lines)}, 0
     if arguments.family == "tp":
         return _run_tp(arguments)
     from cupyq.bench import qmatmul, sweep

@@ -8,6 +8,7 @@ families:
   attention decoding and prompts over contiguous, paged and quantized caches, beside PyTorch's FlashAttention and cuDNN
   model     a model of random weights: tokens per second, loading, the first token
   quantize  the steps of making quantized weights: scales, rows, Hessians, matrices, a layer
+  serve     many texts at a time: tokens per second, in all and for each, and what the host adds; guesses ahead
   tp        over several GPUs: sums of 4 KB to 64 MB, by NCCL and our kernels; tokens per second of a split model
 
 Without a family: a short qmatmul table. Everything is verified before it is timed, and compared with what this machine can
@@ -28,6 +29,7 @@ def add_arguments(parser, whole):
     _add_attention(_family(families, "attention"), whole)
     _add_model(_family(families, "model"), whole)
     _add_quantize(_family(families, "quantize"), whole)
+    _add_serve(_family(families, "serve"), whole)
     _add_tp(_family(families, "tp"), whole)
 
 
@@ -95,6 +97,23 @@ def _add_quantize(sub, whole):
     sub.add_argument("--layouts", metavar="NAME,...", help="such as 4g64 or 3x.5g64+2x.5g64; default: four of the menu")
     sub.add_argument("--tokens", type=whole(1), metavar="N", help="of calibration, for a layer; default 204800")
     sub.add_argument("--quick", action="store_true", help="one matrix and one layout")
+    sub.add_argument("--backend", choices=("auto", "numpy", "cupy"), default="auto", help="default: cupy where a GPU is usable")
+
+
+def _add_serve(sub, whole):
+    sub.add_argument("--shape", default="llama-3.1-8b", metavar="MODEL", help="of random weights; default llama-3.1-8b")
+    sub.add_argument("--bits", default="4", help="EXL2 width or mixture of the decoder's layers; default 4")
+    sub.add_argument("--head-bits", type=whole(1), default=6, metavar="B", help="default 6")
+    sub.add_argument("--layers", type=whole(1), metavar="N", help="fewer layers, for a quick run")
+    sub.add_argument("--model", metavar="DIR", help="a checkpoint in place of random weights")
+    sub.add_argument("--text", metavar="FILE", help="prompts are pieces of it; default: random tokens")
+    sub.add_argument("--concurrent", type=lengths, default=(1, 8, 32, 128), metavar="N,...", help="jobs; default 1,8,32,128")
+    sub.add_argument("--prompt", type=whole(2), default=512, metavar="N", help="tokens of a prompt; default 512")
+    sub.add_argument("--new", type=whole(16), default=128, metavar="N", help="tokens after it; default 128")
+    sub.add_argument("--cache", default="fp16", metavar="KIND", help="fp16 (default), fp8, e4m3, q4, q6 or q8")
+    sub.add_argument("--draft", metavar="NAME", help="guess ahead: ngram, or the folder of a smaller model")
+    sub.add_argument("--guesses", type=whole(1), default=4, metavar="N", help="tokens guessed at a time; default 4")
+    sub.add_argument("--sampled", action="store_true", help="draw tokens with the default sampler settings, not greedily")
     sub.add_argument("--backend", choices=("auto", "numpy", "cupy"), default="auto", help="default: cupy where a GPU is usable")
 
 
