@@ -469,23 +469,26 @@ def _exchange():
 
 
 def _timed_sums(comm):
-    """{bytes: (microseconds, whether the sum is right)} of float32 all-reduces on this rank."""
+    """{bytes: (microseconds, whether the sum is right)} of float32 all-reduces on this rank, in a graph as a step has them."""
     import numpy as np
 
-    cuda, times = comm.xp.cuda, {}
+    from cupyq.models.queues import StreamQueue
+
+    cuda, times, queue = comm.xp.cuda, {}, StreamQueue(comm.xp, comm.device)
     for size in _EXCHANGED_BYTES:
-        array = comm.xp.full(size // 4, comm.rank + 1, np.float32)
-        out = comm.all_reduce(array)
-        comm.wait()
-        ok = bool((out == comm.ranks * (comm.ranks + 1) // 2).all())
         repeats = 50 if size <= 1 << 20 else 5
-        begin, end = cuda.Event(), cuda.Event()
-        begin.record()
-        for _ in range(repeats):
-            comm.all_reduce(array, out)
-        end.record()
-        comm.wait()
-        times[size] = 1e3 * cuda.get_elapsed_time(begin, end) / repeats, ok
+        with queue.entered():
+            array = comm.xp.full(size // 4, comm.rank + 1, np.float32)
+            out = comm.all_reduce(array)
+            ok = out == comm.ranks * (comm.ranks + 1) // 2
+            graph = comm.adopt(queue.captured(lambda: [comm.all_reduce(array, out) for _ in range(repeats)]))  # noqa: B023
+            comm.launch(graph)
+            begin, end = cuda.Event(), cuda.Event()
+            begin.record()
+            comm.launch(graph)
+            end.record()
+            comm.wait()
+        times[size] = 1e3 * cuda.get_elapsed_time(begin, end) / repeats, bool(ok.all())
     return times
 
 
