@@ -469,27 +469,29 @@ def _exchange():
 
 
 def _timed_sums(comm):
-    """{bytes: (microseconds, whether the sum is right)} of float32 all-reduces on this rank, in a graph as a step has them."""
-    import numpy as np
-
+    """{bytes: (microseconds, whether the sum is right)} of float32 all-reduces on this rank."""
     from cupyq.models.queues import StreamQueue
 
-    cuda, times, queue = comm.xp.cuda, {}, StreamQueue(comm.xp, comm.device)
-    for size in _EXCHANGED_BYTES:
-        repeats = 50 if size <= 1 << 20 else 5
-        with queue.entered():
-            array = comm.xp.full(size // 4, comm.rank + 1, np.float32)
-            out = comm.all_reduce(array)
-            ok = out == comm.ranks * (comm.ranks + 1) // 2
-            graph = comm.adopt(queue.captured(lambda: [comm.all_reduce(array, out) for _ in range(repeats)]))  # noqa: B023
-            comm.launch(graph)
-            begin, end = cuda.Event(), cuda.Event()
-            begin.record()
-            comm.launch(graph)
-            end.record()
-            comm.wait()
-        times[size] = 1e3 * cuda.get_elapsed_time(begin, end) / repeats, bool(ok.all())
-    return times
+    queue = StreamQueue(comm.xp, comm.device)
+    return {size: _timed_sum(comm, queue, size, 50 if size <= 1 << 20 else 5) for size in _EXCHANGED_BYTES}
+
+
+def _timed_sum(comm, queue, size, repeats):
+    """In a graph, as a decoding step has them: what the GPUs take, not the host."""
+    import numpy as np
+
+    begin, end = comm.xp.cuda.Event(), comm.xp.cuda.Event()
+    with queue.entered():
+        array = comm.xp.full(size // 4, comm.rank + 1, np.float32)
+        out = comm.all_reduce(array)
+        ok = out == comm.ranks * (comm.ranks + 1) // 2
+        graph = comm.adopt(queue.captured(lambda: [comm.all_reduce(array, out) for _ in range(repeats)]))
+        comm.launch(graph)
+        begin.record()
+        comm.launch(graph)
+        end.record()
+        comm.wait()
+    return 1e3 * comm.xp.cuda.get_elapsed_time(begin, end) / repeats, bool(ok.all())
 
 
 def _size(nbytes):
