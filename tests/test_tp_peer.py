@@ -94,7 +94,7 @@ def test_the_way_depends_on_bytes_and_ranks(ranks):
     ways = [choose_way(1 << power, ranks) for power in range(28)]
     assert ways == sorted(ways, key=["one_shot", "two_shot", None].index)
     assert choose_way(64 << 10, ranks) == "one_shot" and choose_way(4 << 20, ranks) == "two_shot"
-    assert choose_way(kernels.TWO_SHOT_BYTES + 1, ranks) is None and choose_way(0, ranks) is None
+    assert choose_way(kernels.TWO_SHOT_BYTES[ranks] + 1, ranks) is None and choose_way(0, ranks) is None
     assert choose_way(64, 1) is None and choose_way(64, 9) is None
     assert kernels.ONE_SHOT_BYTES[ranks] <= Mailbox(ranks).one_shot_bytes()
 
@@ -425,7 +425,7 @@ def on_device(cupy, comm, array):
 
 
 def test_a_process_with_several_gpus_uses_peer_memory(machine, capsys, monkeypatch):
-    monkeypatch.setattr(kernels, "TWO_SHOT_BYTES", 600 << 10)
+    monkeypatch.setitem(kernels.TWO_SHOT_BYTES, 3, 600 << 10)
     runtime, start, library, cupy = machine
     launches = start(3)
     comms = NcclComm.group([0, 1, 2])
@@ -451,7 +451,7 @@ def test_a_process_with_several_gpus_uses_peer_memory(machine, capsys, monkeypat
         for comm, array in zip(comms, arrays, strict=True):
             comm.all_reduce(array, sums[comm.rank])
     assert launches.launched == [(rank, "one_shot", False) for rank in range(3)]
-    big = [on_device(cupy, comm, np.ones(kernels.TWO_SHOT_BYTES // 2 + 1, float16)) for comm in comms]
+    big = [on_device(cupy, comm, np.ones(kernels.TWO_SHOT_BYTES[3] // 2 + 1, float16)) for comm in comms]
     with together(comms):
         for comm, array in zip(comms, big, strict=True):
             comm.all_reduce(array, array)
@@ -463,13 +463,13 @@ def test_a_process_with_several_gpus_uses_peer_memory(machine, capsys, monkeypat
 
 
 def test_ranks_with_other_sizes_within_together(machine, monkeypatch):
-    monkeypatch.setattr(kernels, "TWO_SHOT_BYTES", 600 << 10)
+    monkeypatch.setitem(kernels.TWO_SHOT_BYTES, 2, 600 << 10)
     _, start, _, cupy = machine
     start(2)
     comms = NcclComm.group([0, 1])
     with pytest.raises(BackendError, match="arrays of different sizes"), together(comms):
         comms[0].all_reduce(on_device(cupy, comms[0], np.ones(8, float16)))
-        comms[1].all_reduce(on_device(cupy, comms[1], np.ones(kernels.TWO_SHOT_BYTES, float16)))
+        comms[1].all_reduce(on_device(cupy, comms[1], np.ones(kernels.TWO_SHOT_BYTES[2], float16)))
     assert all("different sizes" in comm.failure for comm in comms)
 
 

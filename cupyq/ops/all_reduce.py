@@ -101,13 +101,13 @@ ONE_SHOT_BYTES = {2: 512 << 10, 3: 256 << 10, 4: 256 << 10, 5: 128 << 10, 6: 128
 One shot sends 2 (ranks - 1) times its bytes (half of a letter is its stamps), two shots 2 (ranks - 1) / ranks times; at 400
 GB/s the difference reaches the 3 us of a second way at 1.2 MB * ranks / (2 (ranks - 1)^2). Half of that, as a power of two."""
 
-TWO_SHOT_BYTES = 32 << 20
-"""The largest message that goes in two shots: beyond, NCCL's copies in flight outweigh its start."""
+TWO_SHOT_BYTES = {2: 16 << 20} | dict.fromkeys(range(3, MOST_RANKS + 1), 8 << 20)
+"""The largest message that goes in two shots: beyond, NCCL's copies in flight outweigh its start (docs/measured.md)."""
 
 
 def choose_way(size_bytes, ranks):
     """ "one_shot", "two_shot", or None for NCCL: by what all ranks know, so that they agree."""
-    if not 2 <= ranks <= MOST_RANKS or not 0 < size_bytes <= TWO_SHOT_BYTES:
+    if not 2 <= ranks <= MOST_RANKS or not 0 < size_bytes <= TWO_SHOT_BYTES[ranks]:
         return None
     return "one_shot" if size_bytes <= ONE_SHOT_BYTES[ranks] else "two_shot"
 
