@@ -11,6 +11,7 @@ KEY := $(shell { cat pyproject.toml; pwd; } | cksum | tr ' \t' '--')
 DEMO_STAMP := .venv/demo-$(KEY)
 TEST_STAMP := .venv/test-$(KEY)
 CHECK_STAMP := .venv/check-$(KEY)
+DOCS_STAMP := .venv/docs-$(KEY)
 
 # GPU targets take the interpreter named on the command line, else .venv, else the python3 of a prepared machine.
 ifeq ($(origin PYTHON),command line)
@@ -19,13 +20,14 @@ else
 GPU_PYTHON = $(if $(wildcard .venv/bin/python),.venv/bin/python,$(PYTHON))
 endif
 
-.PHONY: help demo test check format gpu sanitize bench wheel clean
+.PHONY: help demo test check format docs gpu sanitize bench wheel clean
 
 help:
 	@echo 'make demo      load a small quantized model, write some text, measure it (no GPU needed)'
 	@echo 'make test      the tests; those that need a GPU are skipped where there is none'
 	@echo 'make check     linters, types, and the tests of the repository itself'
 	@echo 'make format    let ruff and clang-format rewrite the sources'
+	@echo 'make docs      the documentation site, in site/; warnings are errors'
 	@echo 'make gpu       the GPU tests; writes tests/gpu_receipt.json'
 	@echo 'make sanitize  compute-sanitizer over small cases of every op (GPU)'
 	@echo 'make bench     the benchmarks (GPU)'
@@ -50,6 +52,10 @@ format: $(CHECK_STAMP)
 	.venv/bin/ruff format .
 	.venv/bin/clang-format -i cupyq/cu/*.cu cupyq/cu/*.cuh
 
+docs: $(DOCS_STAMP)
+	NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict --quiet
+	@echo 'open site/index.html'
+
 gpu:
 	$(GPU_PYTHON) -m pytest -q -m gpu --require-gpu --gpu-receipt tests/gpu_receipt.json
 
@@ -72,7 +78,7 @@ wheel: $(TEST_STAMP)
 	@ls -l dist
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/bin/python:
@@ -93,9 +99,13 @@ $(DEMO_STAMP): | .venv/bin/python
 
 $(TEST_STAMP): | .venv/bin/python
 	@echo 'installing into .venv (first run only)'
-	$(call install,test$(comma)$(or $(CUDA_EXTRA),compile))
+	$(call install,test$(comma)docs$(comma)$(or $(CUDA_EXTRA),compile))
 	@touch $@
 
 $(CHECK_STAMP): $(TEST_STAMP)
 	$(call install,dev)
+	@touch $@
+
+$(DOCS_STAMP): | .venv/bin/python
+	$(call install,docs)
 	@touch $@

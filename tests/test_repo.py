@@ -474,7 +474,7 @@ def test_every_test_file_has_something_to_test():
     folders = [PACKAGE / name for name in ("ext", "quantize", "bench", "tp")]
     stems |= {f"{folder.name}_{path.stem.lstrip('_')}" for folder in folders for path in folder.glob("*.py")}
     tests = {path.stem.removeprefix("test_") for path in (ROOT / "tests").glob("test_*.py")}
-    of_several = {"repo", "examples", "golden", "blocks", "ext_hostile", "qmatmul_before", "quantize_architectures"}
+    of_several = {"repo", "docs", "examples", "golden", "blocks", "ext_hostile", "qmatmul_before", "quantize_architectures"}
     assert tests - stems - of_several == set()
 
 
@@ -495,6 +495,8 @@ def test_the_wheel_holds_the_kernels(tmp_path):
     package = {p.relative_to(ROOT).as_posix() for p in PACKAGE.rglob("*") if p.suffix in (".py", ".cu", ".cuh")}
     assert package | {"cupyq/cu/README.md"} == {name for name in files if name.startswith("cupyq/")}
     assert any(name.endswith("licenses/LICENSE") for name in files)
+    # Nothing else: no tests, no documentation.
+    assert {name.partition("/")[0] for name in files} == {"cupyq", f"cupyq-{cupyq.__version__}.dist-info"}
 
 
 @pytest.mark.parametrize(
