@@ -379,7 +379,7 @@ def test_fused_gptq_that_cannot_be_taken_apart(tmp_path, folders, loaded):
         ("qwen3-moe", {"norm_topk_prob": 1}, "norm_topk_prob: found 1, expected true or false"),
         ("glm4", {"partial_rotary_factor": 0.01}, "partial_rotary_factor: 0 of 16 values of a head rotate"),
         ("glm4", {"partial_rotary_factor": 2}, "partial_rotary_factor: found 2, expected a number above 0, at most 1"),
-        ("granite", {"residual_multiplier": -1.0}, "residual_multiplier: found -1.0, expected a number above 0"),
+        ("granite", {"residual_multiplier": -1.0}, "residual_multiplier: found -1.0, expected a number above 1e-06"),
         ("minicpm", {"dim_model_base": None}, "dim_model_base: found None, expected a number"),
         ("cohere2", {"sliding_window": None}, "sliding_window: found None, expected a whole number, the window of all but"),
         ("mistral", {"partial_rotary_factor": 0.5}, "partial_rotary_factor: 0.5 is not supported; MistralForCausalLM rotates"),

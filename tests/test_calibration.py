@@ -221,14 +221,15 @@ def test_other_kinds_of_files(tmp_path, numbers, name):
 @pytest.mark.parametrize(
     "line, message",
     [
-        ("{", r"line 2 is not JSON \(.*\); each line must be one object"),
-        ("[" * 100000, "line 2 is not JSON"),
+        ("{", r"line 2: not JSON \(.*\); each line must be one object"),
+        ("[" * 100000, r"line 2: not JSON that can be read \(nested too deeply\)"),
         ('"text"', "line 2 is a str, expected an object with a string as its 'text'"),
         ('{"content": "a", "id": 1}', "line 2 is an object with the keys 'content', 'id', expected an object"),
         ("{}", r"line 2 is an object with the keys \(none\), expected an object"),
         ('{"text": 7}', "line 2 is an object with a int as its 'text'"),
         ('{"text": null}', "line 2 is an object with a NoneType as its 'text'"),
-        (r'{"text": "\ud800"}', "line 2 holds half a surrogate pair"),
+        (r'{"text": "\ud800"}', r"line 2: not JSON that can be read \(half a surrogate pair\)"),
+        ('{"text": "a", "text": "b"}', "line 2: not JSON .the key 'text' stands twice, with two values"),
     ],
 )
 def test_lines_that_are_no_documents(tmp_path, numbers, line, message):
@@ -244,13 +245,15 @@ def test_files_that_cannot_be_read(tmp_path, numbers, monkeypatch):
     with pytest.raises(FormatError, match=r"text.txt: cannot be opened \(No such file or directory\)"):
         calibration_rows(path, numbers, rows=1, length=1)
     path.write_bytes(b"1 2 \xff")
-    with pytest.raises(FormatError, match="text.txt: not UTF-8 at byte 4, expected text"):
+    with pytest.raises(FormatError, match=r"text.txt: not UTF-8 \(invalid start byte at byte 4\); name a .txt"):
         calibration_rows(path, numbers, rows=1, length=1)
     counting(path, 10)
     with pytest.raises(FormatError, match=r"tokenizer.json: missing"):
         calibration_rows(path, tmp_path, rows=1, length=1)
     monkeypatch.setattr(calibration, "_MOST_BYTES", 18)
-    with pytest.raises(FormatError, match="text.txt: larger than 0 GiB, expected a text for calibration; take a part of it"):
+    with pytest.raises(
+        FormatError, match="text.txt: larger than 0 MiB, which no such file should be; name a .txt or .jsonl file, or a part"
+    ):
         calibration_rows(path, numbers, rows=1, length=1)
     monkeypatch.setattr(calibration, "_MOST_BYTES", 19)
     assert calibration_rows(path, numbers, rows=1, length=10).tolist() == [list(range(10))]

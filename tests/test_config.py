@@ -336,10 +336,11 @@ def test_an_unknown_architecture_is_answered_with_the_known_ones(read):
     [
         (b"", "not JSON"),
         (b"{", "not JSON"),
-        (b"[1]", r"holds \[1\], expected a JSON object"),
+        (b"[1]", "holds a list, expected a JSON object; a model folder holds a config.json: copy it again"),
         (b'{"a": NaN}', "NaN is not JSON"),
-        (b"\xff\xfe", "not JSON"),
-        (b"[" * 100_000, "nested too deeply|not JSON"),
+        (b"\xff\xfe", "not UTF-8 .invalid start byte at byte 0."),
+        (b"[" * 100_000, "not JSON that can be read .nested too deeply."),
+        (b'{"rms_norm_eps": 1e400}', "not JSON .1e400 is too large for a number."),
         (b'{"hidden_size": ' + b"9" * 10_000 + b"}", "not JSON"),
     ],
 )

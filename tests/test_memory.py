@@ -8,7 +8,6 @@ import pytest
 import test_quantize_job
 from test_quantize_job import MENU, MIXTRAL, quantize, write_source
 
-from cupyq.models import keys
 from cupyq.quantize import gather, memory, plan, quantization, writer
 
 GPTQ = {"bits": 4, "format": "gptq", "group_size": 32}
@@ -44,9 +43,8 @@ def test_no_more_than_was_stated_nor_less_than_half(tmp_path, monkeypatch, phase
     source = write_source(tmp_path / "in", **{"num_hidden_layers": 2, "vocab_size": vocab} | changes)
     words = random.Random(4)
     (tmp_path / "text.txt").write_text(" ".join(f"w{words.randrange(vocab)}" for _ in range(33_000)))
-    # What does not grow with the model, so that phases of small models show: the room that small files are read into.
+    # What does not grow with the model, so that phases of small models show.
     monkeypatch.setattr(memory, "_SCRATCH", 4 << 20)
-    monkeypatch.setattr(keys, "MAX_CONFIG_BYTES", 1 << 20)
     monkeypatch.setattr(writer, "_PIECE", 1 << 20)
     monkeypatch.setattr(quantization, "SWEEPS", 0)  # which take time, and no more memory
     stated, real = [], plan.Plan.peak_bytes

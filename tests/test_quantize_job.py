@@ -864,7 +864,7 @@ def test_out_exists(llama, tmp_path):
         (lambda data: data["menu"].append("4g256"), "layout '4g256' has groups of 256 rows.*at most 128"),
         (lambda data: data.update(unit="miles"), "unit is 'miles'"),
         (lambda data: data.pop("unit"), "damaged"),
-        (lambda data: data["linears"]["model.layers.0.mlp.up_proj"].update(weight=-1), "negative"),
+        (lambda data: data["linears"]["model.layers.0.mlp.up_proj"].update(weight=-1), "has -1, expected numbers from 0"),
         (lambda data: data["linears"]["model.layers.0.mlp.up_proj"].update(options={}), "no layout of the menu"),
     ],
 )

@@ -474,7 +474,8 @@ def test_every_test_file_has_something_to_test():
     folders = [PACKAGE / name for name in ("ext", "quantize", "bench", "tp")]
     stems |= {f"{folder.name}_{path.stem.lstrip('_')}" for folder in folders for path in folder.glob("*.py")}
     tests = {path.stem.removeprefix("test_") for path in (ROOT / "tests").glob("test_*.py")}
-    of_several = {"repo", "docs", "examples", "golden", "blocks", "ext_hostile", "qmatmul_before", "quantize_architectures"}
+    of_several = {"repo", "docs", "examples", "golden", "blocks", "fuzz", "ext_hostile", "qmatmul_before"}
+    of_several |= {"quantize_architectures"}
     assert tests - stems - of_several == set()
 
 

@@ -23,6 +23,9 @@ def stloader_read(filename, offset, size, target):
         raise TypeError(f"filename must be a path, got {type(filename).__name__}")
     if size > target.nbytes:
         raise ValueError(f"target must have room for {size} bytes, it has {target.nbytes}")
+    if os.path.exists(filename) and not (os.path.isfile(filename) or os.path.isdir(filename)):
+        # Opening a pipe would wait for a writer.
+        raise OSError(f"filename {os.fsdecode(filename)!r} is no regular file: name a safetensors file")
     with open(filename, "rb") as file:
         found = os.fstat(file.fileno()).st_size
         if offset + size > found:

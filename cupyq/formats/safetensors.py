@@ -94,7 +94,10 @@ class SafetensorsFile:
                 header = self._parse_header(_read_exactly(file, header_bytes))
                 self.metadata = self._check_metadata(header.pop("__metadata__", {}))
                 self._infos = self._check_entries(header, 8 + header_bytes, size)
-            self._map: mmap.mmap | None = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            try:
+                self._map: mmap.mmap | None = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
+            except ValueError:
+                self._refuse(f"shorter than the {size} bytes it had when it was opened; wait until it is written")
         except OSError as error:
             file.close()
             raise FormatError(f"{self.path}: cannot be read ({error.strerror or error})") from error

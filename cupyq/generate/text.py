@@ -9,6 +9,7 @@ from typing import Any
 from cupyq.errors import FormatError
 from cupyq.models.sampler import SamplerSettings
 
+_MOST_BYTES = 256 << 20  # of a tokenizer.json; those of 262144 tokens have 33 MiB
 _REPLACEMENT = "\ufffd"  # what decoders put in place of bytes that are no complete UTF-8 character
 
 
@@ -23,10 +24,15 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
         raise FormatError(
             f"{path}: missing; copy it from the original model, or pass token ids (--tokens 1,2,3) instead of text"
         )
+    if path.stat().st_size > _MOST_BYTES:
+        raise FormatError(f"{path}: larger than {_MOST_BYTES >> 20} MiB, which no tokenizer is; copy it again")
     try:
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
-        raise FormatError(f"{path}: not a tokenizer ({str(error).strip()}); copy it again from the original model") from None
+    except BaseException as error:  # the library raises bare Exception; its panics are not even that
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise FormatError(f"{path}: not a tokenizer ({reason}); copy it again from the original model") from None
     # Files of some models ask for a fixed length, which training needs and inference does not.
     tokenizer.no_truncation()
     tokenizer.no_padding()

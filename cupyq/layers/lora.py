@@ -1,10 +1,8 @@
 """LoRA adapters: read from PEFT folders, laid side by side for each projection, chosen per request."""
 
 import functools
-import json
 import math
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +12,9 @@ import numpy as np
 
 from cupyq._arrays import bfloat16, float16, float32, namespace
 from cupyq.errors import FormatError, UnsupportedError
+from cupyq.formats.json_file import read_json
 from cupyq.formats.safetensors import SafetensorsFile
+from cupyq.layers.name_pattern import NamePattern
 from cupyq.ops.lora import lora
 
 _SMALLEST_BIAS = 1e-6  # writers leave zeros, and what is left of them after training with no gradient
@@ -255,6 +255,7 @@ _UNSUPPORTED = {
 }
 # Initialisations that take the adapter's first value out of the model's weights, which then are no longer the model's.
 _CHANGES_WEIGHTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_MOST_WORK, _MOST_READING = 100_000_000, 2_000_000  # of matching names and of reading expressions: some seconds of either
 
 
 class _Config:
@@ -262,18 +263,18 @@ class _Config:
 
     def __init__(self, folder: Path):
         self.path = folder / "adapter_config.json"
-        self._data = _read_object(self.path)
+        self._data = read_json(self.path, hint="a PEFT folder holds an adapter_config.json: copy the adapter again")
         kind = self._data.get("peft_type", "LORA")
         if kind != "LORA":
-            raise UnsupportedError(f"{self.path}: 'peft_type' is {kind!r}, expected 'LORA'")
+            raise UnsupportedError(f"{self.path}: 'peft_type' is {ascii(kind)[:100]}, expected 'LORA'")
         for key, meaning in _UNSUPPORTED.items():
             if self._data.get(key):
                 raise UnsupportedError(f"{self.path}: {key!r} is set: {meaning}; merge the adapter into its model instead")
         start = self._data.get("init_lora_weights", True)
         if isinstance(start, str) and start.lower().startswith(_CHANGES_WEIGHTS):
             raise UnsupportedError(
-                f"{self.path}: 'init_lora_weights' is {start!r}, which changes the model's own weights; convert the adapter "
-                "with save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+                f"{self.path}: 'init_lora_weights' is {start[:100]!r}, which changes the model's own weights; convert the "
+                "adapter with save_pretrained(..., path_initial_model_for_weight_conversion=...)"
             )
         self._rank = self._number("r", self._data.get("r"), whole=True)
         self._alpha = self._number("lora_alpha", self._data.get("lora_alpha"))
@@ -282,10 +283,17 @@ class _Config:
             self._refuse("use_rslora", self._is_rank_stabilised, "true or false")
         self._ranks = self._pattern("rank_pattern", whole=True)
         self._alphas = self._pattern("alpha_pattern")
+        self._work, self._cost = 0, sum(expression.cost for expression, _ in (*self._ranks, *self._alphas))
 
     def rank_and_scale(self, module: str) -> tuple[int, float]:
         """Of a module, by its name in the model: "model.layers.0.self_attn.q_proj"."""
-        rank, alpha = _matched(self._ranks, module, self._rank), _matched(self._alphas, module, self._alpha)
+        self._work += len(module) * self._cost
+        if self._work > _MOST_WORK:
+            self._refuse_work(len(self._ranks) + len(self._alphas))
+        try:
+            rank, alpha = _matched(self._ranks, module, self._rank), _matched(self._alphas, module, self._alpha)
+        except ValueError as error:
+            raise FormatError(f"{self.path}: 'rank_pattern' and 'alpha_pattern' meet {error}") from None
         return rank, alpha / (math.sqrt(rank) if self._is_rank_stabilised else rank)
 
     def _number(self, key: str, value: Any, whole: bool = False) -> Any:
@@ -294,36 +302,33 @@ class _Config:
             self._refuse(key, value, "a whole number from 1 on" if whole else "a number")
         return value
 
-    def _pattern(self, key: str, whole: bool = False) -> list[tuple[re.Pattern[str], Any]]:
+    def _pattern(self, key: str, whole: bool = False) -> list[tuple[NamePattern, Any]]:
         """The patterns in order, as PEFT reads them: the whole name, or its end after a dot, as a regular expression."""
         patterns = self._data.get(key) or {}
         if not isinstance(patterns, dict):
             self._refuse(key, patterns, "an object of patterns and numbers")
-        compiled = []
+        compiled: list[tuple[NamePattern, Any]] = []
+        work = 0
         for pattern, value in patterns.items():
             try:
-                expression = re.compile(rf"(?:.*\.)?(?:{pattern})$")
-            except re.error as error:
+                expression = NamePattern(pattern)
+            except ValueError as error:
                 self._refuse(key, pattern, f"regular expressions as its keys ({error})")
+            work += 100 + expression.cost
+            if work > _MOST_READING:
+                self._refuse_work(len(patterns))
             compiled.append((expression, self._number(f"{key}.{pattern}", value, whole)))
         return compiled
 
+    def _refuse_work(self, count: int) -> NoReturn:
+        raise UnsupportedError(
+            f"{self.path}: {count} expressions in 'rank_pattern' and 'alpha_pattern' take too long; write plain names, or fewer"
+        )
+
     def _refuse(self, key: str, value: Any, expected: str) -> NoReturn:
-        shown = repr(value) if len(repr(value)) <= 100 else f"{repr(value)[:100]}..."
+        shown = ascii(value) if len(ascii(value)) <= 100 else f"{ascii(value)[:100]}..."
         raise FormatError(f"{self.path}: {key!r} is {shown}, expected {expected}")
 
 
-def _matched(patterns: Sequence[tuple[re.Pattern[str], Any]], module: str, default: Any) -> Any:
-    return next((value for expression, value in patterns if expression.match(module)), default)
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_bytes().decode("utf-8-sig"))
-    except OSError as error:
-        raise FormatError(f"{path}: cannot be opened ({error.strerror}); a PEFT folder holds an adapter_config.json") from None
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path}: not JSON ({' '.join(str(error).split())}); copy the adapter again") from None
-    if not isinstance(data, dict):
-        raise FormatError(f"{path}: holds a {type(data).__name__}, expected a JSON object")
-    return data
+def _matched(patterns: Sequence[tuple[NamePattern, Any]], module: str, default: Any) -> Any:
+    return next((value for expression, value in patterns if expression.matches(module)), default)

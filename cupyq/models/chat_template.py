@@ -15,8 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from cupyq.errors import BackendError, FormatError
+from cupyq.formats.json_file import read_json, read_text
 
-MAX_FILE_BYTES = 16 << 20
+MAX_CHARACTERS = 256 << 10
+"""Of a template: ten times the longest published ones, and some seconds to compile."""
+_HINT = "copy the tokenizer's files again from the original model"
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
 
@@ -31,10 +34,12 @@ class ChatTemplate:
         if not isinstance(source, str):
             raise TypeError(f"source must be the template's text, got {type(source).__name__}")
         self.source, self.special_tokens, self.where = source, dict(special_tokens or {}), where
-        jinja2 = _require_jinja2()
+        if len(source) > MAX_CHARACTERS:
+            raise FormatError(f"{where}: {len(source)} characters, expected a template of at most {MAX_CHARACTERS}")
+        _require_jinja2()
         try:
             self._template = _environment().from_string(source)
-        except (jinja2.TemplateError, RecursionError) as error:
+        except Exception as error:  # jinja2's own, and Python's on what jinja2 made of the template
             line = getattr(error, "lineno", None)
             raise FormatError(f"{where}: no template ({_one_line(error)}{f', line {line}' if line else ''})") from None
 
@@ -48,25 +53,25 @@ class ChatTemplate:
         folder = Path(folder)
         if not folder.is_dir():
             raise FormatError(f"{folder}: no such folder; name the folder that holds the model's config.json")
-        config = _read_json(folder / "tokenizer_config.json")
+        config = _read_settings(folder / "tokenizer_config.json")
         tokens = _special_tokens(folder, config)
         wanted = "default" if name is None else name
         if not isinstance(wanted, str) or wanted != Path(wanted).name:
             raise ValueError(f"name must be that of a template, such as 'tool_use', got {name!r}")
         is_default = wanted == "default"
         path = folder / ("chat_template.jinja" if is_default else f"additional_chat_templates/{wanted}.jinja")
-        if path.is_file():
-            return cls(_read(path), tokens, str(path))
+        if os.path.lexists(path):
+            return cls(read_text(path, hint=_HINT), tokens, str(path))
         found: dict[str, str] = {}
         for path, keys in ((folder / "chat_template.json", None), (folder / "tokenizer_config.json", config)):
-            keys = _read_json(path) if keys is None else keys
+            keys = _read_settings(path) if keys is None else keys
             found = _templates(path, keys)
             if wanted in found:
                 return cls(found[wanted], tokens, f"{path}: chat_template")
             if found:
                 break
         if found:
-            raise FormatError(f"{path}: chat_template: no template {wanted!r}, only {', '.join(map(repr, found))}")
+            raise FormatError(f"{path}: chat_template: no template {wanted!r}, only {', '.join(map(ascii, found))}")
         what = "a model that was not trained to chat has none" if is_default else f"there is none called {wanted!r}"
         raise FormatError(f"{folder}: no chat_template.jinja, nor chat_template in tokenizer_config.json; {what}")
 
@@ -134,8 +139,13 @@ def _environment() -> Any:
                 raise jinja2.exceptions.SecurityError(f"a namespace has no {name!r}")
             super().__setitem__(name, value)
 
+    # Nothing of a template is run before it is rendered: 9 ** (9 ** 9) would be worked out while it is compiled.
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[Generation, jinja2.ext.loopcontrols],
+        optimized=False,
+        finalize=jinja2.pass_context(_unchanged),
     )
     environment.filters["tojson"] = _to_json
     environment.globals |= {"raise_exception": _refuse, "strftime_now": _now, "namespace": Namespace}
@@ -146,6 +156,11 @@ def _to_json(
     value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _unchanged(context: Any, value: Any) -> Any:
+    """What is written of a value: jinja2 works out nothing ahead of which the context might change."""
+    return value
 
 
 def _refuse(message: Any) -> None:
@@ -187,31 +202,9 @@ def _plain(value: Any, where: str) -> Any:
 # --- what a folder holds ----------------------------------------------------------------------------------------------
 
 
-def _read(path: Path) -> str:
-    try:
-        with open(path, "rb") as file:
-            raw = file.read(MAX_FILE_BYTES + 1)
-    except OSError as error:
-        raise FormatError(f"{path}: cannot be read ({error.strerror})") from None
-    if len(raw) > MAX_FILE_BYTES:
-        raise FormatError(f"{path}: larger than {MAX_FILE_BYTES >> 20} MiB, expected a tokenizer's settings")
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise FormatError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}); download it again") from None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_settings(path: Path) -> dict[str, Any]:
     """Its keys; none where there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        data = json.loads(_read(path))
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path}: not JSON ({_one_line(error)}); download it again") from None
-    if not isinstance(data, dict):
-        raise FormatError(f"{path}: holds a {type(data).__name__}, expected a JSON object")
-    return data
+    return read_json(path, hint=_HINT) if os.path.lexists(path) else {}
 
 
 def _templates(path: Path, keys: Mapping[str, Any]) -> dict[str, str]:
@@ -234,7 +227,7 @@ def _special_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     """Special tokens by role, as text. Old tokenizers have them in special_tokens_map.json alone."""
     tokens = {}
     path = folder / "special_tokens_map.json"
-    for where, keys in ((path, _read_json(path)), (folder / "tokenizer_config.json", config)):
+    for where, keys in ((path, _read_settings(path)), (folder / "tokenizer_config.json", config)):
         for role in _SPECIAL_TOKENS:
             token = keys.get(role)
             if isinstance(token, dict):  # an AddedToken
@@ -242,7 +235,7 @@ def _special_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
             if token is None:
                 continue
             if not isinstance(token, str):
-                raise FormatError(f"{where}: {role}: found {token!r}, expected a token's text")
+                raise FormatError(f"{where}: {role}: found {ascii(token)[:100]}, expected a token's text")
             tokens[role] = token
     return tokens
 

@@ -13,8 +13,9 @@ from types import MappingProxyType
 from typing import Any
 
 from cupyq.errors import FormatError, UnsupportedError
+from cupyq.formats.json_file import read_json
 from cupyq.models.architectures import Architecture, architecture
-from cupyq.models.keys import REQUIRED, Keys, read_json
+from cupyq.models.keys import REQUIRED, Keys
 
 # Far above every published model, far below what would exhaust memory before a tensor's shape refutes the number.
 MAX_LAYERS, MAX_HEADS, MAX_EXPERTS = 4096, 4096, 1024
@@ -32,6 +33,8 @@ _ACTIVATIONS = {
 # Keys that count as the top level of a model with a text part has them, which has them from its authors.
 _OF_THE_WHOLE = ("architectures", "tie_word_embeddings", "bos_token_id", "eos_token_id", "dtype", "torch_dtype")
 
+_HINT = "a model folder holds a config.json: copy it again"
+_SMALLEST_SCALE = 1e-6  # of embeddings, the residual and logits: squares and quotients of what is larger are numbers
 _ROPE_TYPES = "default, linear, dynamic, llama3, yarn or longrope"
 _LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
@@ -117,7 +120,7 @@ class ModelConfig:
         path = Path(path)
         if path.is_dir():
             path = path / "config.json"
-        return _read_config(Keys(path, read_json(path)))
+        return _read_config(Keys(path, read_json(path, hint=_HINT)))
 
     @property
     def longest_seq_len(self) -> int:
@@ -231,7 +234,7 @@ def _read_experts(keys: Keys, row: Architecture, layers: int, inner: int) -> dic
         size = keys.integer("moe_intermediate_size", 1, MAX_WIDTH, inner)
         step = keys.integer("decoder_sparse_step", 1, MAX_LAYERS, 1)
         dense = keys.data.get("mlp_only_layers") or []
-        if not isinstance(dense, list) or not all(isinstance(layer, int) for layer in dense):
+        if not isinstance(dense, list) or len(dense) > MAX_LAYERS or not all(isinstance(layer, int) for layer in dense):
             keys.refuse("mlp_only_layers", "a list of numbers of layers")
         sparse = [layer not in dense and (layer + 1) % step == 0 for layer in range(layers)]
     return {
@@ -256,21 +259,21 @@ def _read_renormalization(keys: Keys, row: Architecture) -> bool:
 
 def _read_embedding_scale(keys: Keys, row: Architecture, hidden: int) -> float:
     if row.embedding_scale is not None:
-        return keys.number(row.embedding_scale)
+        return keys.number(row.embedding_scale, low=_SMALLEST_SCALE)
     return hidden**0.5 if row.scales_embedding else 1.0
 
 
 def _read_residual_scale(keys: Keys, row: Architecture, layers: int) -> float:
     if row.residual_scale is None:
         return 1.0
-    scale = keys.number(row.residual_scale)
+    scale = keys.number(row.residual_scale, low=_SMALLEST_SCALE)
     return scale / layers**0.5 if row.residual_scale == "scale_depth" else scale
 
 
 def _read_logit_scale(keys: Keys, row: Architecture, hidden: int) -> float:
     if row.logit_scale is None:
         return 1.0
-    number = keys.number(row.logit_scale)
+    number = keys.number(row.logit_scale, low=_SMALLEST_SCALE)
     return {"logit_scale": number, "logits_scaling": 1 / number, "dim_model_base": number / hidden}[row.logit_scale]
 
 
@@ -428,7 +431,7 @@ def _read_quantization(keys: Keys) -> Quantization | None:
         beside = keys.path.parent / "quantize_config.json"
         if not beside.is_file():
             return None
-        keys = Keys(beside, {"quant_method": "gptq", **read_json(beside)})
+        keys = Keys(beside, {"quant_method": "gptq", **read_json(beside, hint="copy it again")})
     method = keys.text("quant_method")
     if method == "exl2":
         return Quantization("exl2", bits=keys.number("bits", None), head_bits=keys.number("head_bits", None))

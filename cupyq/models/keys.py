@@ -1,39 +1,10 @@
 """Checked access to the keys of a JSON file; what does not fit is named with its file and key."""
 
-import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 from cupyq.errors import FormatError, UnsupportedError
-
-MAX_CONFIG_BYTES = 16 << 20
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object a configuration file holds."""
-
-    def constant(text: str) -> NoReturn:
-        raise ValueError(f"{text} is not JSON")
-
-    try:
-        with open(path, "rb") as file:
-            raw = file.read(MAX_CONFIG_BYTES + 1)
-    except OSError as error:
-        raise FormatError(f"{path}: cannot be opened ({error.strerror}); a model folder holds a config.json") from None
-    if len(raw) > MAX_CONFIG_BYTES:
-        raise FormatError(f"{path}: larger than {MAX_CONFIG_BYTES >> 20} MiB, expected a model's configuration")
-    try:
-        data = json.loads(raw.decode("utf-8-sig"), parse_constant=constant)
-    except RecursionError:
-        raise FormatError(f"{path}: nested too deeply, expected a model's configuration") from None
-    except ValueError as error:
-        raise FormatError(f"{path}: not JSON ({error}); download it again") from None
-    if not isinstance(data, dict):
-        raise FormatError(f"{path}: holds {show(data)}, expected a JSON object")
-    return data
-
 
 REQUIRED = object()
 """The default of a key that must be there."""
@@ -104,7 +75,5 @@ class Keys:
 
 
 def show(value: Any) -> str:
-    if isinstance(value, float) and not math.isfinite(value):
-        return "a number too large"
     text = ascii(value)
     return text if len(text) <= 80 else f"{text[:70]}... ({len(text)} characters)"

@@ -29,6 +29,7 @@ from cupyq.models.parts import Part, Piece, Plan, contiguous, split_rows
 from cupyq.models.warmup import compile_traced, trace_kernels
 from cupyq.ops.rope import rope_tables
 
+_MOST_TABLE_BYTES = 2 << 30  # that a config.json may ask for by itself: four million positions of 128 values
 _DTYPES = {"float16": float16, "bfloat16": bfloat16, "float32": float32}
 
 
@@ -74,6 +75,11 @@ def read_config(path: str | os.PathLike[str], max_seq_len: int | None) -> ModelC
     """The configuration of a folder, for contexts of up to max_seq_len."""
     config = ModelConfig.from_file(Path(path))
     if max_seq_len is None:
+        if 4 * config.rotary_dim * config.max_seq_len > _MOST_TABLE_BYTES:
+            raise UnsupportedError(
+                f"{config.path}: max_position_embeddings: {config.max_seq_len} positions take more than "
+                f"{_MOST_TABLE_BYTES >> 30} GiB of sines and cosines; say how many are needed: max_seq_len=..."
+            )
         return config
     if isinstance(max_seq_len, bool) or not isinstance(max_seq_len, int):
         raise TypeError(f"max_seq_len must be a whole number, got {type(max_seq_len).__name__}")

@@ -254,6 +254,9 @@ class Plan:
             )
         names = ("qweight", "qzeros", "scales", *(["g_idx"] if f"{stored}.g_idx" in self.checkpoint else []))
         tensors = self._quantized(stored, names) | self._bias(stored, sum(widths), has_bias)
+        for name in names:
+            if len(self.checkpoint.info(f"{stored}.{name}").shape) != (1 if name == "g_idx" else 2):
+                self.refuse(f"{stored}.{name}", "not a matrix" if name != "g_idx" else "not a list of groups")
         bits = 32 * self.checkpoint.info(f"{stored}.qweight").shape[0] // k
         ends = list(itertools.accumulate(widths))
 

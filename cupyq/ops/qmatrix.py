@@ -78,9 +78,8 @@ class QMatrix:
                     raise ValueError(f"prescale is for EXL2 tensors, and these are GPTQ (qweight): got {prescale}")
                 return _from_gptq(tensors, dict(bits=bits, group_size=group_size, zeros=zeros, name=name))
         where = f"{name}: " if name else ""
-        raise FormatError(
-            f"{where}neither EXL2 (q_weight, ...) nor GPTQ (qweight, ...) tensors, found {sorted(tensors) or 'none'}"
-        )
+        found = f"{', '.join(map(ascii, sorted(tensors)[:8]))}{', ...' if len(tensors) > 8 else ''}" or "none"
+        raise FormatError(f"{where}neither EXL2 (q_weight, ...) nor GPTQ (qweight, ...) tensors, found {found}")
 
     @property
     def bits_per_weight(self):

@@ -210,7 +210,14 @@ def rope_tables(rotary_dim, length, *, theta=10000.0, scaling=None, xp=np):
         raise ValueError(f"rotary_dim must be positive and even, got {rotary_dim}")
     if length < 0:
         raise ValueError(f"length must not be negative, got {length}")
-    frequencies, attention_factor = _scaled_frequencies(rotary_dim, length, float(theta), scaling or {})
+    try:
+        with np.errstate(all="ignore"):
+            frequencies, attention_factor = _scaled_frequencies(rotary_dim, length, float(theta), scaling or {})
+            largest = np.float32([attention_factor, *(frequencies * max(length, 1))])
+    except ArithmeticError as error:  # of numbers that are each in range
+        raise FormatError(f"rope scaling: numbers from which no frequencies follow ({error}), theta is {theta:g}") from None
+    if not np.isfinite(largest).all():
+        raise FormatError(f"rope scaling: numbers from which angles follow that are beyond float32, theta is {theta:g}")
     sin, cos = np.empty((2, length, rotary_dim // 2), np.float32)
     # exp(i (a + b)) = exp(i a) exp(i b): a sine or cosine costs ten times as much as a product.
     step = 128

@@ -1,14 +1,14 @@
 """Calibration rows: windows of token ids, evenly spread over a text."""
 
-import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from cupyq.errors import BackendError, FormatError, UnsupportedError
+from cupyq.formats.json_file import parse_json, read_text
 from cupyq.generate.text import load_tokenizer
 
 _MOST_BYTES = 1 << 30
@@ -97,32 +97,25 @@ def _read_documents(path: Path, enough: int, piece: int) -> tuple[list[str], boo
             f"{path}: a text must be a .txt or a .jsonl file, not {path.suffix or 'a file without an ending'}; "
             'write it as JSON lines, {"text": ...} each'
         )
-    text = _read_text(path)
+    text = read_text(path, hint="name a .txt or .jsonl file, or a part of it", most_bytes=_MOST_BYTES)
     if path.suffix == ".jsonl":
-        return [_text_of(line, path, number) for number, line in enumerate(text.split("\n"), 1) if line.strip()], True
+        return [_text_of(line, path, number) for number, line in _lines(text) if not line.isspace()], True
     return [text] if len(text) <= enough else _pieces(text, piece), False
 
 
-def _read_text(path: Path) -> str:
-    try:
-        with open(path, "rb") as file:
-            is_too_large = os.fstat(file.fileno()).st_size > _MOST_BYTES
-            raw = b"" if is_too_large else file.read()
-    except OSError as error:
-        raise FormatError(f"{path}: cannot be opened ({error.strerror}); name a .txt or .jsonl file") from None
-    if is_too_large:
-        raise FormatError(f"{path}: larger than {_MOST_BYTES >> 30} GiB, expected a text for calibration; take a part of it")
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise FormatError(f"{path}: not UTF-8 at byte {error.start}, expected text") from None
+def _lines(text: str) -> Iterator[tuple[int, str]]:
+    """(number, line) of all but empty ones, one in memory at a time."""
+    number, begin = 1, 0
+    while begin < len(text):
+        end = text.find("\n", begin)
+        end = len(text) if end < 0 else end
+        if end > begin:
+            yield number, text[begin:end]
+        number, begin = number + 1, end + 1
 
 
 def _text_of(line: str, path: Path, number: int) -> str:
-    try:
-        entry = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path}: line {number} is not JSON ({error}); each line must be one object") from None
+    entry = parse_json(line, f"{path}: line {number}", "each line must be one object")
     text = entry.get("text") if isinstance(entry, dict) else None
     if not isinstance(text, str):
         found = f"a {type(entry).__name__}"
@@ -131,10 +124,6 @@ def _text_of(line: str, path: Path, number: int) -> str:
             if "text" in entry:
                 found = f"an object with a {type(text).__name__} as its 'text'"
         raise FormatError(f"{path}: line {number} is {found[:200]}, expected an object with a string as its 'text'")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise FormatError(f"{path}: line {number} holds half a surrogate pair, expected text; mend or drop the line") from None
     return text
 
 

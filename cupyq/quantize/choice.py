@@ -5,7 +5,7 @@ from typing import Any
 
 from cupyq.quantize import gather, writer
 from cupyq.quantize.calibration import spread
-from cupyq.quantize.measurement import Measurement, measure_input, read_json, weighted
+from cupyq.quantize.measurement import Measurement, measure_input, read_errors, read_worths, weighted
 from cupyq.quantize.plan import Plan
 from cupyq.quantize.recording import layer_inputs
 from cupyq.quantize.sensitivity import sensitivity
@@ -29,7 +29,7 @@ def _sensitivities(plan: Plan) -> dict[str, float]:
             found = sensitivity(walk, ids, seed=request.seed, on_host=on_host, on_layer=lambda index: advance(1))
         plan.release()
         writer.write_json(path, found)
-    return read_json(path)
+    return read_worths(path, plan.decoder)
 
 
 def _errors(plan: Plan) -> dict[str, Any]:
@@ -48,8 +48,8 @@ def _errors(plan: Plan) -> dict[str, Any]:
                     break
                 plan.walk.run(layer, hidden)
     found: dict[str, Any] = {}
-    for index in range(count):
-        found |= read_json(work.measured(index))
+    for index, names in enumerate(plan.layer_names()):
+        found |= read_errors(work.measured(index), names)
     return found
 
 

@@ -11,7 +11,7 @@ depends on the model and the calibration text, not on the bits asked for, and se
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from cupyq.errors import FormatError
+from cupyq.formats.json_file import read_json
 from cupyq.quantize.allocate import allocate
 from cupyq.quantize.gather import mean_square
 from cupyq.quantize.hessian import Hessian
@@ -28,7 +29,12 @@ from cupyq.quantize.recording import LayerInput
 
 _VERSION = 2
 _UNITS = ("nats", "share")
-_LEAST_ERROR = 1e-300  # whose logarithm exists
+_LEAST_ERROR, _MOST_NUMBER = 1e-300, 1e100  # whose logarithm exists, and products of which are finite
+_MOST_LAYOUTS = 1000
+MOST_BYTES = 64 << 20
+"""Of a file of errors: four times those of 100 layers with 128 experts each."""
+_DELETE = "delete it, and its part of the work is done again"
+HINT = "take one that cupyq wrote, or leave it out"
 
 
 @dataclass(frozen=True)
@@ -80,35 +86,67 @@ class Measurement:
     @classmethod
     def from_file(cls, path: Path) -> "Measurement":
         """FormatError where the file is none, of another version, or damaged."""
-        data = read_json(path)
+        data = read_json(path, hint=HINT, most_bytes=MOST_BYTES)
         if data.get("cupyq_measurement") != _VERSION:
             raise FormatError(f"{path}: not a measurement of this version of cupyq: take a measurement.json that it wrote")
         try:
-            found = cls(tuple(map(Layout.parse, data["menu"])), data["linears"], data["unit"], data["source_sha256"], path)
-            if found.unit not in _UNITS:
-                raise ValueError(f"unit is {found.unit!r}")
+            menu = data["menu"]
+            if not isinstance(menu, list) or len(menu) > _MOST_LAYOUTS or any(len(name) > 200 for name in menu):
+                raise ValueError(f"menu is no list of at most {_MOST_LAYOUTS} layouts")
+            found = cls(tuple(map(Layout.parse, menu)), data["linears"], data["unit"], data["source_sha256"], path)
+            if found.unit not in _UNITS or not isinstance(found.source_sha256, str):
+                raise ValueError(f"unit is {ascii(found.unit)[:60]}, source_sha256 {ascii(found.source_sha256)[:60]}")
+            layouts = {layout.name for layout in found.menu}
             for name, entry in found.linears.items():
-                numbers = [entry["weight"], *entry["options"].values()]
-                if not all(0 <= number < math.inf for number in numbers):
-                    raise ValueError(f"{name} has numbers that are negative or not finite")
-                if not entry["options"].keys() & {layout.name for layout in found.menu}:
+                check_numbers(name, [entry["weight"], *entry["options"].values()])
+                if not entry["options"].keys() & layouts:
                     raise ValueError(f"{name} has no layout of the menu")
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
             raise FormatError(f"{path}: damaged ({type(error).__name__}: {error}); leave it out to measure again") from None
         return found
 
     def check_names(self, names: Sequence[str]) -> None:
-        """ValueError unless it is of these linear layers."""
+        """FormatError unless it is of these linear layers."""
         for found, place, expected in ((self.linears, "the model", set(names)), (names, "it", set(self.linears))):
             for name in found:
                 if name not in expected:
                     what = f"measured on another model, or damaged: {name} is not in {place}"
-                    raise ValueError(f"{self.path}: {what}; leave it out to measure this one")
+                    raise FormatError(f"{self.path}: {what}; leave it out to measure this one")
 
     def check_source(self, source_sha256: str) -> None:
-        """ValueError unless it is of a model with these weights."""
+        """FormatError unless it is of a model with these weights."""
         if self.source_sha256 != source_sha256:
-            raise ValueError(f"{self.path}: measured on a model of other weights: leave it out to measure this one")
+            raise FormatError(f"{self.path}: measured on a model of other weights: leave it out to measure this one")
+
+
+def check_numbers(name: str, numbers: Iterable[Any]) -> None:
+    """ValueError unless these are numbers from 0 on that can be calculated with."""
+    for number in numbers:
+        if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 <= number <= _MOST_NUMBER:
+            raise ValueError(f"{name} has {ascii(number)[:60]}, expected numbers from 0 to {_MOST_NUMBER:g}")
+
+
+def read_worths(path: Path, names: Sequence[str]) -> dict[str, float]:
+    """What `sensitivity` found, of these linear layers, as an earlier process noted it."""
+    found = read_json(path, hint=_DELETE)
+    try:
+        check_numbers("a layer", (found[name] for name in names))
+    except (KeyError, ValueError) as error:
+        raise FormatError(f"{path}: damaged ({type(error).__name__}: {error}); {_DELETE}") from None
+    return {name: found[name] for name in names}
+
+
+def read_errors(path: Path, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """What `measure_input` found of a layer's linear layers, as an earlier process noted it."""
+    found = read_json(path, hint=_DELETE, most_bytes=MOST_BYTES)
+    try:
+        for name, entry in found.items():
+            check_numbers(name, [entry["tokens"], entry["output"], *entry["options"].values()])
+        if set(found) != set(names):
+            raise ValueError(f"of {', '.join(list(found)[:3]) or 'nothing'}, expected {', '.join(names[:3])}, ...")
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise FormatError(f"{path}: damaged ({type(error).__name__}: {error}); {_DELETE}") from None
+    return found
 
 
 def measure_input(
@@ -148,16 +186,3 @@ def weighted(
             count = sensitivities[name]
         found[name] = dict(entry, weight=count * (max(entry["tokens"], 1) / total_tokens))
     return found
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; FormatError names the file."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise FormatError(f"{path}: cannot be opened ({error.strerror}); check the path") from None
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path}: not JSON ({error}); write it again, or leave it out") from None
-    if not isinstance(data, dict):
-        raise FormatError(f"{path}: holds a {type(data).__name__}, expected a JSON object")
-    return data

@@ -189,10 +189,14 @@ class Plan:
 
     def layer_sizes(self) -> list[int]:
         """Weights of each layer."""
-        sizes = [0] * len(self.walk)
+        return [sum(math.prod(self.shapes[name]) for name in names) for names in self.layer_names()]
+
+    def layer_names(self) -> list[list[str]]:
+        """Linear layers of the decoder, of each of its layers."""
+        found: list[list[str]] = [[] for _ in range(len(self.walk))]
         for name in self.decoder:
-            sizes[int(name.split(".")[2])] += math.prod(self.shapes[name])
-        return sizes
+            found[int(name.split(".")[2])].append(name)
+        return found
 
     # --- for all that follow ---
 

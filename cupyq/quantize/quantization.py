@@ -79,7 +79,8 @@ class _Quantization:
                 self._quantize_inputs(pair, chunk, loans())
             for linear in linears:
                 # Of the file, as in a run that finds it there.
-                replace(linear, self._decoded(linear.name, self.work.arrays(linear.name)))
+                shape = self.plan.shapes[linear.name]
+                replace(linear, self.work.weights(linear.name, shape, self.plan.xp, self._options()))
             yield sum(linear.k * linear.n for linear in linears)
 
     def _quantize_inputs(self, pair: _Pair, reads: Sequence[LayerInput], loans: Mapping[str, Any] | None) -> None:
@@ -136,6 +137,8 @@ class _Quantization:
         return bias.astype(np.float16)
 
     def _decoded(self, name: str, tensors: Mapping[str, np.ndarray]) -> Any:
+        return decoded(tensors, name, self.plan.shapes[name][1], self.plan.xp, self._options())
+
+    def _options(self) -> dict[str, Any]:
         request = self.request
-        options = {"bits": int(request.bits), "group_size": request.group_size} if request.is_gptq else {}
-        return decoded(tensors, name, self.plan.shapes[name][1], self.plan.xp, options)
+        return {"bits": int(request.bits), "group_size": request.group_size} if request.is_gptq else {}

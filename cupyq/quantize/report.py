@@ -1,6 +1,6 @@
 """What a quantization did: bits and errors of every layer as a table and a picture, and how far the model moved."""
 
-import json
+import dataclasses
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +11,7 @@ from xml.sax.saxutils import escape
 
 import numpy as np
 
+from cupyq.formats.json_file import read_json
 from cupyq.generate.perplexity import perplexity
 from cupyq.models.loader import load_model
 from cupyq.quantize.walk import HEAD
@@ -18,6 +19,7 @@ from cupyq.quantize.writer import natural_key, write_atomically, write_json
 
 FIGURE, TEXT, DATA = "quantization.svg", "quantization.md", "quantization.json"
 """Files of a quantized model's folder. They hold no times: the same run writes the same bytes."""
+_MOST_BYTES, _MOST_COUNT = 64 << 20, 1 << 62
 
 
 MEANING = """\
@@ -48,6 +50,15 @@ class LinearReport:
     nats: float | None = None
     """What `error` is worth: how much it adds to KL(source || quantized) of a token, as noise on the layer's outputs told (see
     `sensitivity`). None where that was not measured: of the head, and of GPTQ."""
+
+    @classmethod
+    def parse(cls, values: Any) -> "LinearReport | None":
+        """Of values from a file; None where they are none of a report."""
+        try:
+            found = _parsed(cls, values)
+        except (TypeError, ValueError):
+            return None
+        return found if found.k > 0 and found.n > 0 and found.error >= 0 and found.output >= 0 else None
 
     @property
     def bits_per_weight(self) -> float:
@@ -121,11 +132,28 @@ def write_report(
 def read_report(folder: Path) -> tuple[dict[str, Any], list[LinearReport], Comparison | None] | None:
     """(settings, layers, comparison) of a folder that `write_report` wrote to, or None of any other."""
     try:
-        data = json.loads((folder / DATA).read_text(encoding="utf-8"))
-        comparison = None if data["comparison"] is None else Comparison(**data["comparison"])
-        return data["settings"], [LinearReport(**layer) for layer in data["layers"]], comparison
-    except (OSError, ValueError, KeyError, TypeError):
+        data = read_json(folder / DATA, hint="", most_bytes=_MOST_BYTES)
+        comparison = None if data["comparison"] is None else _parsed(Comparison, data["comparison"])
+        layers = [LinearReport.parse(layer) for layer in data["layers"]]
+        is_whole = isinstance(data["settings"], dict) and layers and None not in layers
+        return (data["settings"], [layer for layer in layers if layer is not None], comparison) if is_whole else None
+    except (ValueError, KeyError, TypeError):
         return None
+
+
+def _parsed(kind: type, values: Any) -> Any:
+    """A report's dataclass of values from a file; TypeError or ValueError for values it cannot have."""
+    found = kind(**values)
+    for field in dataclasses.fields(kind):
+        value = getattr(found, field.name)
+        if value is None and field.default is None:
+            continue
+        expected = field.type if field.type in (str, int) else (int, float)
+        if isinstance(value, bool) or not isinstance(value, expected):
+            raise TypeError(field.name)
+        if field.type is not str and not abs(value) <= (_MOST_COUNT if field.type is int else 1e308):
+            raise ValueError(field.name)
+    return found
 
 
 # --- for people -------------------------------------------------------------------------------------------------------

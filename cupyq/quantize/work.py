@@ -13,6 +13,7 @@ The folder goes when OUT is there.
 
 import contextlib
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -21,13 +22,15 @@ from typing import Any
 
 import numpy as np
 
+from cupyq.errors import FormatError
+from cupyq.formats.json_file import parse_json, read_json
 from cupyq.formats.safetensors import SafetensorsFile
 from cupyq.ops.qmatrix import QMatrix
 from cupyq.ops.reconstruct import reconstruct
 from cupyq.quantize import writer
-from cupyq.quantize.measurement import read_json
 from cupyq.quantize.report import LinearReport
 
+_DELETE = "delete the file, and its layer is quantized again"
 _ON_HOST = ("q_groups", "q_invperm", "q_scale_max", "g_idx")
 
 
@@ -48,7 +51,13 @@ class WorkFolder:
         if self.path.exists() and self._is_of_others():
             raise ValueError(f"{self.path} holds no work of a quantization (no job.json): move it away, or choose another OUT")
         self.path.mkdir(parents=True, exist_ok=True)
-        with open(self.path / "lock", "wb") as file:
+        # Neither emptied, nor followed where it is a link, nor waited for where it is a pipe: another's folder may hold either.
+        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+        try:
+            descriptor = os.open(self.path / "lock", flags, 0o666)
+        except OSError as error:
+            raise ValueError(f"{self.path / 'lock'}: cannot be opened ({error.strerror}): delete it") from None
+        with open(descriptor, "rb") as file:
             try:
                 import fcntl
 
@@ -69,7 +78,7 @@ class WorkFolder:
         """Note the settings; ValueError where the folder was begun with others."""
         path = self.path / "job.json"
         if path.exists():
-            check_settings(self.path, read_json(path), settings)
+            check_settings(self.path, read_json(path, hint=f"delete {self.path} to begin anew"), settings)
         else:
             writer.write_json(path, settings)
 
@@ -97,8 +106,13 @@ class WorkFolder:
         writer.save_tensors(self.linear(report.name), tensors, values)
 
     def report(self, name: str) -> LinearReport:
-        with SafetensorsFile(self.linear(name)) as file:
-            return LinearReport(**{key: json.loads(value) for key, value in file.metadata.items()})
+        path = self.linear(name)
+        with SafetensorsFile(path) as file:
+            values = {key: parse_json(value, f"{path}: metadata", _DELETE) for key, value in file.metadata.items()}
+        found = LinearReport.parse(values)
+        if found is None or found.name != name:
+            raise FormatError(f"{path}: its metadata is no report of {name}; {_DELETE}")
+        return found
 
     def tensors(self, name: str) -> list[writer.OutputTensor]:
         """The tensors of a linear layer under their names in the model. Each opens its file when it is read: a model has more
@@ -116,6 +130,17 @@ class WorkFolder:
         with SafetensorsFile(self.linear(name)) as file:
             return {short: file.array(short) for short in file.names}
 
+    def weights(self, name: str, shape: tuple[int, int], xp: Any, options: Mapping[str, Any]) -> Any:
+        """float16 [k, n] = shape: what the tensors stand for; see `decoded`."""
+        path = self.linear(name)
+        try:
+            found = decoded(self.arrays(name), name, shape[1], xp, options)
+        except FormatError as error:
+            raise FormatError(str(error) if str(path) in str(error) else f"{path}: {error}; {_DELETE}") from None
+        if tuple(found.shape) != shape:
+            raise FormatError(f"{path}: a matrix of {list(found.shape)}, expected {list(shape)}; {_DELETE}")
+        return found
+
 
 def decoded(tensors: Mapping[str, np.ndarray], name: str, n: int, xp: Any, options: Mapping[str, Any]) -> Any:
     """float16 [K, n]: the weights that the run time will make of a layer's tensors; options: of `QMatrix.from_tensors`."""
@@ -128,7 +153,8 @@ def check_settings(where: Path, old: Mapping[str, Any], new: Mapping[str, Any]) 
     for name in dict.fromkeys([*new, *old]):
         if old.get(name) != new.get(name):
             found, asked = (json.dumps(settings.get(name))[:100] for settings in (old, new))
-            raise ValueError(f"{where} was begun with {name} {found}, not {asked}: resume with the same settings, or delete it")
+            shown = f"{ascii(name)[1:-1][:60]} {found}"
+            raise ValueError(f"{where} was begun with {shown}, not {asked}: resume with the same settings, or delete it")
 
 
 def _read(path: Path, name: str) -> np.ndarray:

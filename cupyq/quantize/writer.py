@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from cupyq.errors import FormatError
+from cupyq.formats.json_file import read_json
 from cupyq.formats.safetensors import Checkpoint, SafetensorsFile
 from cupyq.models.config import ModelConfig
 
@@ -31,7 +32,7 @@ DTYPE_NAMES = {"int16": "I16", "int32": "I32", "float16": "F16", "bfloat16": "BF
 _SPARE_BYTES = 64 << 20  # headers, reports, tokenizer: never refuse a disk for these, nor trust it without them
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz"}
 _REWRITTEN = {"config.json", "quantize_config.json"}
-_INDEX = "model.safetensors.index.json"
+_INDEX, _INDEX_BYTES = "model.safetensors.index.json", 256 << 20
 _PIECE = 16 << 20
 
 
@@ -84,14 +85,17 @@ def check_shards(checkpoint: Checkpoint) -> None:
     interrupted. An index none of whose files is there was left behind by a conversion, and says nothing."""
     for path in sorted(checkpoint.folder.glob("*.safetensors.index.json")):
         try:
-            files = {str(tensor): str(file) for tensor, file in json.loads(path.read_bytes())["weight_map"].items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            index = read_json(path, hint="", most_bytes=_INDEX_BYTES)
+            files = {str(tensor): str(file) for tensor, file in index["weight_map"].items()}
+        except (ValueError, KeyError, AttributeError):
             continue  # what it would say is in the files too
-        present = {file for file in files.values() if (checkpoint.folder / file).is_file()}
+        # By their names alone: an index may say "../..", and nothing outside of the folder is looked at.
+        beside = {file.name for file in checkpoint.folder.iterdir()}
+        present = {file for file in files.values() if file in beside and (checkpoint.folder / file).is_file()}
         missing = sorted({file for tensor, file in files.items() if file not in present and tensor not in checkpoint})
         if present and missing:
             more = f", like {len(missing) - 1} more," if len(missing) > 1 else ""
-            where = f"{checkpoint.folder / missing[0]}: missing{more}"
+            where = f"{path.parent}{os.sep}{missing[0]}: missing{more}"  # a name of any form: shown, not followed
             raise FormatError(f"{where} though {path.name} names it; download the model again")
 
 
@@ -300,7 +304,7 @@ def write_model(
     for path in files_to_copy(source):
         with open(path, "rb") as file:
             write_atomically(folder / path.name, iter(lambda file=file: file.read(_PIECE), b""))  # type: ignore[misc]
-    config = json.loads((source / "config.json").read_text(encoding="utf-8-sig"))
+    config = read_json(source / "config.json", hint="copy it again")
     config["quantization_config"] = dict(quantization)
     write_json(folder / "config.json", config)
     if is_gptq:

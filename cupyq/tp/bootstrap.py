@@ -30,6 +30,7 @@ import numpy as np
 from cupyq import _device
 from cupyq._arrays import first_line, require_cupy
 from cupyq.errors import BackendError, FormatError
+from cupyq.formats.json_file import MAX_BYTES, read_bytes
 from cupyq.tp import nccl
 from cupyq.tp.comm import Comm, one_line, rank_names
 from cupyq.tp.local import LocalComm, SoloComm
@@ -175,8 +176,10 @@ def model_digest(folder):
     config = folder / "config.json"
     if not weights or not config.is_file():
         raise FormatError(f"{folder} is no model folder: it lacks {'*.safetensors' if config.is_file() else 'config.json'}")
-    digest.update(config.read_bytes())
+    digest.update(read_bytes(config, most_bytes=MAX_BYTES, hint="copy it again"))
     for path in weights:
+        if not path.is_file():  # a pipe would be waited for
+            raise FormatError(f"{path}: no regular file, expected a safetensors file; remove it or copy it again")
         size = path.stat().st_size
         digest.update(f"\0{path.name}\0{size}\0".encode())
         with path.open("rb") as file:

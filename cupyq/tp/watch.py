@@ -222,7 +222,7 @@ def _parse(content):
     """A slot's values; None where it is empty or half written."""
     try:
         slot = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return slot if isinstance(slot, dict) and {"beats", "state", "cause"} <= slot.keys() else None
 
