@@ -87,7 +87,7 @@ def namespace(**arrays):
                 f"{first} is {kinds[xp is np]}, {name} is {kinds[this is np]}: move one with cupy.asarray() or .get()"
             )
     if xp is None:
-        raise TypeError("at least one array is needed, all arguments are None")
+        raise TypeError(f"{next(iter(arrays), 'an argument')} must be an array, got None")
     return xp
 
 
@@ -96,6 +96,8 @@ def check(array, name, *, dtype=None, shape=None, ndim=None, last=None, writes=F
 
     None in `shape` matches any size. `writes`: the array must also be writable.
     """
+    if type(array) not in _array_types:
+        admit(array, name)
     if dtype is not None:
         dtypes = dtype if isinstance(dtype, tuple) else (dtype,)
         if array.dtype not in dtypes:
@@ -110,8 +112,22 @@ def check(array, name, *, dtype=None, shape=None, ndim=None, last=None, writes=F
         raise ValueError(f"{name} must have {last} as its last dimension, got shape {array.shape}")
     if not is_contiguous(array):
         raise ValueError(f"{name} must be C-contiguous, got strides {array.strides}: pass ascontiguousarray({name})")
+    if not isinstance(array, np.ndarray) and array.data.ptr % array.itemsize:  # NumPy reads those, kernels cannot
+        raise ValueError(f"{name} must begin at a multiple of its {array.itemsize} bytes a value: pass {name}.copy()")
     if writes and isinstance(array, np.ndarray) and not array.flags.writeable:
         raise ValueError(f"{name} is read-only and would be written: pass a writable array")
+
+
+_array_types: set[type] = {np.ndarray}  # those seen whose arrays mean what they hold
+
+
+def admit(array, name):
+    """Remember the type of an array. TypeError for what is none, and where `*` or a mask would give other results."""
+    if isinstance(array, (np.matrix, np.ma.MaskedArray)):
+        raise TypeError(f"{name} must be a plain array, got {type(array).__name__}: pass numpy.asarray({name})")
+    if not (isinstance(array, np.ndarray) or is_cupy(array)):
+        raise TypeError(f"{name} must be a NumPy or CuPy array (or come by DLPack), got {type(array).__name__}")
+    _array_types.add(type(array))
 
 
 def _is_shape(found, shape):
@@ -154,6 +170,7 @@ def refuse_partial_overlap(out, **inputs):
 # --- the DLPack edge ------------------------------------------------------------------------------------------------
 
 _CPU_DEVICES = (1, 3)  # DLPack device types: host memory, page-locked host memory
+_GPU_DEVICES = (2, 13)  # memory of a CUDA GPU, managed memory
 _foreign_types: dict[type, bool] = {}  # type -> whether it needs the edge
 _native_types: set[type] = set()  # those that do not
 
@@ -240,10 +257,12 @@ def _caller_stream(framework, arrays):
     PyTorch has a current stream per device: work is queued there. Other frameworks have no such notion; CuPy's current
     stream is used and DLPack's stream handshake orders it behind the producer.
     """
-    device_id = next((found for found in map(gpu_of, arrays.values()) if found is not None), None)
+    places = ((name, gpu_of(array, name)) for name, array in arrays.items())
+    name, device_id = next((place for place in places if place[1] is not None), ("", None))
     if device_id is None:
         yield
         return
+    _require_gpu(device_id, name)
     with require_cupy().cuda.Device(device_id):
         if framework == "torch":
             with stream_at(_torch_stream(device_id), device_id):
@@ -252,13 +271,29 @@ def _caller_stream(framework, arrays):
             yield
 
 
-def gpu_of(array):
-    """The number of the GPU that holds a foreign array; None for the host."""
+def gpu_of(array, name):
+    """The number of the GPU that holds a foreign array; None for the host. TypeError where it is neither."""
     if _framework(array) == "torch":  # a hundredth of the time of asking by DLPack
         device_id = array.get_device()
         return None if device_id < 0 else device_id
     kind, device_id = array.__dlpack_device__()
-    return None if kind in _CPU_DEVICES else int(device_id)
+    if kind in _CPU_DEVICES:
+        return None
+    if kind not in _GPU_DEVICES:
+        raise TypeError(f"{name} is on a device of DLPack's type {int(kind)}, neither the host nor a CUDA GPU: move it to one")
+    return int(device_id)
+
+
+@functools.cache
+def _require_gpu(device_id, name):
+    """Raise BackendError unless CuPy can use the GPU of that number."""
+    cupy = require_cupy()
+    try:
+        count = cupy.cuda.runtime.getDeviceCount()
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        raise BackendError(f"{name} is on GPU {device_id}, and CuPy finds none here: {first_line(error)}") from None
+    if not 0 <= device_id < count:
+        raise BackendError(f"{name} is on GPU {device_id}, and CuPy finds {count} GPUs here: check CUDA_VISIBLE_DEVICES")
 
 
 def _torch_stream(device_id):
@@ -283,15 +318,19 @@ def _import(array, name, *, writes):
         raise ValueError(f"{name} requires a gradient, and cupyq records none: pass {name}.detach()")
     if framework == "torch" and not array.is_contiguous():
         raise ValueError(f"{name} must be C-contiguous, got strides {tuple(array.stride())}: pass {name}.contiguous()")
-    device_id = gpu_of(array)
+    device_id = gpu_of(array, name)
     if framework == "torch" and device_id is not None and (dtype := _torch_dtypes().get(array.dtype)) is not None:
         return _view_of_torch(array, dtype, device_id)
     is_bfloat16 = str(getattr(array, "dtype", "")).endswith("bfloat16")
+    if writes and device_id is not None and framework != "torch" and _is_read_only(array):
+        raise ValueError(f"{name} is read-only and would be written: pass a writable array")
     library = np if device_id is None else require_cupy()
     try:
         view = library.from_dlpack(_Retyped(array, _DLPACK_INT) if is_bfloat16 else array)
     except (BufferError, RuntimeError, TypeError) as error:
         raise TypeError(f"{name} ({type(array).__name__}) cannot be taken by DLPack: {first_line(error)}") from None
+    if writes and device_id is None and not view.flags.writeable:
+        raise ValueError(f"{name} is read-only and would be written: pass a writable array")
     return view.view(bfloat16) if is_bfloat16 else view
 
 
@@ -357,10 +396,24 @@ _DLPACK_INT, _DLPACK_BFLOAT = 0, 4  # DLDataTypeCode of dlpack.h
 # DLTensor; a DLManagedTensorVersioned has version (8), context (8), deleter (8) and flags (8) before the DLTensor.
 _TYPE_CODE_OFFSETS = {b"dltensor": 20, b"dltensor_versioned": 52}
 
+_FLAGS_OFFSET, _READ_ONLY = 24, 1  # of a DLManagedTensorVersioned
+
 _capsule_name = ctypes.PYFUNCTYPE(ctypes.c_char_p, ctypes.py_object)(("PyCapsule_GetName", ctypes.pythonapi))
 _capsule_pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
     ("PyCapsule_GetPointer", ctypes.pythonapi)
 )
+
+
+def _is_read_only(array):
+    """Whether an array on a GPU is marked as read-only, as DLPack can from version 1 on; CuPy's import passes over the mark."""
+    try:
+        capsule = array.__dlpack__(stream=-1, max_version=(1, 0))  # -1: nothing waits for anything
+    except (BufferError, TypeError):  # knows version 0 alone, which has no mark
+        return False
+    name = _capsule_name(capsule)
+    if name not in _TYPE_CODE_OFFSETS or name == b"dltensor":
+        return False
+    return bool(ctypes.c_uint64.from_address(_capsule_pointer(capsule, name) + _FLAGS_OFFSET).value & _READ_ONLY)
 
 
 class _Retyped:

@@ -48,7 +48,7 @@ def test_namespace_refuses_what_is_no_array(value):
 
 
 def test_namespace_needs_an_array():
-    with pytest.raises(TypeError, match="all arguments are None"):
+    with pytest.raises(TypeError, match="must be an array, got None"):
         namespace(x=None, w=None)
 
 

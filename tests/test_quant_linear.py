@@ -96,7 +96,7 @@ def test_lorax_calls_around_it_do_nothing():
         ({"scales": np.ones((2, N), np.float16)}, FormatError, "scales"),
         ({"g_idx": np.full(K, 3, np.int32)}, FormatError, "row 0 is in group 3"),
         ({"bias": np.ones(N + 1, np.float16)}, FormatError, "bias"),
-        ({"qweight": [[1]]}, TypeError, "qweight must be an array"),
+        ({"qweight": [[1]]}, TypeError, "qweight must be a NumPy or CuPy array"),
     ],
 )
 def test_unfit_tensors_get_clear_errors(change, error, text):

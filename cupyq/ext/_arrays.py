@@ -14,7 +14,7 @@ _PLAIN = frozenset({bool, int, float, str, bytes, type(None)})
 _PLAIN_ITEMS = frozenset({bool, int, float, str, bytes, list, tuple})  # what begins a list that holds no arrays
 
 
-def entry(function=None, *, arrays=(), optional=(), writes=(), unused=()):
+def entry(function=None, *, arrays=(), optional=(), writes=(), unused=(), flags=()):
     """Decorator for the extension's functions: tensors of any DLPack library in, NumPy and CuPy arrays inside.
 
     Arrays may also be items of lists, tuples and dicts. A tensor on torch's meta device becomes None, which is what an
@@ -22,10 +22,10 @@ def entry(function=None, *, arrays=(), optional=(), writes=(), unused=()):
     `arrays` names arguments that must be arrays, `optional` those that may be absent. `writes` names the arguments that
     are written, or is a function of the arguments (a dict) that does: they must be contiguous and writable, as the
     caller must see the result. What is only read may have any strides, and is copied where it is not contiguous.
-    `unused` names arguments that are accepted for exllamav2's sake and never looked at.
+    `unused` names arguments that are accepted for exllamav2's sake and never looked at, `flags` those whose truth counts.
     """
     if function is None:
-        return functools.partial(entry, arrays=arrays, optional=optional, writes=writes, unused=unused)
+        return functools.partial(entry, arrays=arrays, optional=optional, writes=writes, unused=unused, flags=flags)
     signature = inspect.signature(function)
 
     @functools.wraps(function)
@@ -37,6 +37,9 @@ def entry(function=None, *, arrays=(), optional=(), writes=(), unused=()):
         for name in unused:
             if name in arguments:
                 arguments[name] = None
+        for name in flags:
+            if name in arguments:
+                arguments[name] = _truth(arguments[name], name)
         written = writes(arguments) if callable(writes) else writes
         places = _places(arguments, written)
         for name in (*arrays, *optional):
@@ -89,6 +92,13 @@ def _check_kind(value, name, is_optional):
         raise TypeError(f"{name} must be {what}, got {type(value).__name__}")
 
 
+def _truth(value, name):
+    try:
+        return bool(value)
+    except (TypeError, ValueError):  # an array of several values
+        raise TypeError(f"{name} must be true or false, got {type(value).__name__}") from None
+
+
 def _prepared(array, label, is_written):
     """The array, or where it is only read a contiguous one; what is written must be contiguous and writable."""
     is_native = isinstance(array, np.ndarray) or is_cupy(array)
@@ -125,7 +135,7 @@ def _entered(places):
         if is_cupy(array):
             device = array.device.id
         else:
-            device = gpu_of(array)
+            device = gpu_of(array, places[index][2])
             groups.setdefault(device, []).append(index)
         first = device if first is None else first
     with contextlib.ExitStack() as stack:

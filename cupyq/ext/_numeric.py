@@ -84,7 +84,7 @@ def layer_norm_(x, w, b, epsilon):
     ops.layer_norm(x, w, b, eps=number(epsilon, "epsilon"), out=x)
 
 
-@entry(arrays=("x", "w", "y"), optional=("b",), writes=("y",))
+@entry(arrays=("x", "w", "y"), optional=("b",), writes=("y",), flags=("rms",))
 def head_norm(x, w, b, y, epsilon, rms):
     """y = the RMS norm (rms true) or layer norm of each head (+ b)
 
@@ -95,7 +95,7 @@ def head_norm(x, w, b, y, epsilon, rms):
     ops.head_norm(x, w, b, eps=number(epsilon, "epsilon"), kind="rms" if rms else "layer", out=y)
 
 
-@entry(arrays=("x", "w"), optional=("b",), writes=("x",))
+@entry(arrays=("x", "w"), optional=("b",), writes=("x",), flags=("rms",))
 def head_norm_(x, w, b, epsilon, rms):
     """head_norm in place"""
     check(x, "x", dtype=float16)
@@ -106,7 +106,7 @@ def head_norm_(x, w, b, epsilon, rms):
 # --- rope -------------------------------------------------------------------------------------------------------------
 
 
-@entry(arrays=("x", "sin", "cos"), optional=("offsets",), writes=("x",))
+@entry(arrays=("x", "sin", "cos"), optional=("offsets",), writes=("x",), flags=("neox_style",))
 def rope_(x, sin, cos, past_len, num_heads, head_dim, offsets, neox_style):
     """Rotate x, float16 [batch, ...] with num_heads * head_dim values to a token, in place
 

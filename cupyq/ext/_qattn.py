@@ -3,12 +3,13 @@
 tp_attn_forward_paged_ and tp_attn_forward_ are in _tp.py.
 """
 
-from cupyq._arrays import check, float16, namespace
+from cupyq._arrays import check, float16, int32, namespace
 from cupyq.ext._arrays import entry, integer, number, refuse_any_overlap
 from cupyq.ext._handles import handles
 from cupyq.ext._projection import Projection, Residual, check_loras, make_norm, set_loras
 from cupyq.ext._rotation import Rotation
 from cupyq.layers import HeadNorm
+from cupyq.ops._common import refuse_overlap
 
 _ROPE_STYLES = (None, "gptj", "neox")  # rope_style 0, 1, 2
 
@@ -27,7 +28,11 @@ class _Block:
 _WEIGHTS = ("layernorm", "layernorm_bias", "q_norm", "k_norm", "post_layernorm", "post_layernorm_bias")
 
 
-@entry(optional=_WEIGHTS, unused=("temp_state", "temp_dq", "max_rows", "max_seq_len", "use_graphs"))
+@entry(
+    optional=_WEIGHTS,
+    unused=("temp_state", "temp_dq", "max_rows", "max_seq_len", "use_graphs"),
+    flags=("layernorm_is_rms", "headnorm_is_rms", "has_residual", "residual_fp32"),
+)
 def make_q_attn(
     layernorm,
     layernorm_bias,
@@ -140,6 +145,8 @@ def q_attn_forward_1(
         if target.size != batch * seq * projection.n:
             raise ValueError(f"{name}_temp must have {batch * seq} rows of {projection.n} values, got shape {target.shape}")
     refuse_any_overlap(x=x, q_temp=q_temp, k_temp=k_temp, v_temp=v_temp)
+    for name, (_, target) in outputs.items():
+        refuse_overlap(target, f"{name}_temp", past_lens=past_lens, sin=sin, cos=cos)
     loras = check_loras(loras)
     rotation = None
     if block.rope_style is not None:
@@ -163,6 +170,8 @@ def _rotation(block, sin, cos, past_len, past_lens, batch, seq):
         raise ValueError("sin and cos are needed, since the block was made with a rope_style")
     if sin.shape[-1:] != (block.rotary_dim,):
         raise ValueError(f"sin must have {block.rotary_dim} columns, as sincos_size said, got shape {sin.shape}")
+    if past_lens is not None:
+        check(past_lens, "past_lens", dtype=int32, shape=(batch,))
     return Rotation(sin, cos, past_len, past_lens, batch=batch, seq=seq, head_dim=block.head_dim, style=block.rope_style)
 
 

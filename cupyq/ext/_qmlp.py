@@ -24,6 +24,7 @@ def _activation(act_gelu):
 @entry(
     optional=("layernorm", "layernorm_bias", "post_layernorm", "post_layernorm_bias"),
     unused=("temp_state", "temp_a", "temp_b", "temp_dq", "max_rows", "use_graphs"),
+    flags=("layernorm_is_rms", "act_gelu", "has_residual", "residual_fp32"),
 )
 def make_q_mlp(
     layernorm,
@@ -123,6 +124,7 @@ class _MoEBlock:
     arrays=("layernorm", "gate"),
     optional=("layernorm_bias",),
     unused=("temp_state", "temp_gathered_state", "temp_a", "temp_b", "temp_logits", "temp_dq", "max_rows"),
+    flags=("layernorm_is_rms", "act_gelu"),
 )
 def make_q_moe_mlp(
     layernorm,

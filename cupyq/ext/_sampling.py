@@ -10,8 +10,9 @@ import math
 import numpy as np
 
 from cupyq._arrays import check, first_line, float32, gpu_of, is_cupy
-from cupyq.ext._arrays import entry, integer, is_array, number
+from cupyq.ext._arrays import entry, integer, is_array, number, refuse_any_overlap
 from cupyq.ext._candidates import candidates, sort_first
+from cupyq.ops._common import shown
 
 _int64, _bool = np.dtype(np.int64), np.dtype(np.bool_)
 
@@ -54,7 +55,7 @@ def apply_rep_penalty(sequence, penalty_max, sustain, decay, alpha_frequency, al
         raise ValueError(f"penalty_max must be positive (1 means no penalty), got {penalty_max}")
     for name, value, least in (("sustain", sustain, -1), ("decay", decay, 0)):
         if not isinstance(value, (int, np.integer)) or value < least:
-            raise ValueError(f"{name} must be a number of tokens from {least}, got {value!r}")
+            raise ValueError(f"{name} must be a number of tokens from {least}, got {shown(value)}")
     length = sequence.shape[1]
     sustain = length if sustain == -1 else min(sustain, length)
     count = min(length, sustain + decay)
@@ -86,7 +87,7 @@ def _penalise(row, tokens, repetition, frequency, presence):
 # --- one token per row ------------------------------------------------------------------------------------------------
 
 
-@entry(writes=("output_tokens", "output_probs", "output_kprobs", "output_ktokens"))
+@entry(writes=("output_tokens", "output_probs", "output_kprobs", "output_ktokens"), flags=("mirostat",))
 def sample_basic(
     logits,
     temperature,
@@ -192,6 +193,8 @@ def sample_basic(
     if xtc_mask is not None:
         check(xtc_mask, "xtc_mask", dtype=_bool, shape=(vocab,))
     mu = _check_mu(mirostat_mu, batch if mirostat else 0)
+    arrays = {"logits": logits, "output_tokens": output_tokens, "output_probs": output_probs, **optional}
+    refuse_any_overlap(**{name: array for name, array in arrays.items() if array is not None})
 
     logits = logits.reshape(batch, vocab)
     random = np.float32(random)
@@ -238,7 +241,7 @@ def _check_mu(mirostat_mu, count):
     try:
         mu = [float(value) for value in mirostat_mu]
     except (TypeError, ValueError):
-        raise TypeError(f"mirostat_mu must be a list of numbers, one for each row, got {mirostat_mu!r}") from None
+        raise TypeError(f"mirostat_mu must be a list of numbers, one for each row, got {shown(mirostat_mu)}") from None
     if len(mu) < count or not all(map(math.isfinite, mu)):
         raise ValueError(f"mirostat_mu must hold {count} finite numbers, one for each row, got {mu}")
     return mu
@@ -343,7 +346,7 @@ def _strided(array, name):
         return array
     if not is_array(array):
         raise TypeError(f"{name} must be an array, got {type(array).__name__}")
-    if gpu_of(array) is not None:
+    if gpu_of(array, name) is not None:
         raise TypeError(f"{name} is on a GPU, and this function works on the CPU: pass {name}.get() or {name}.cpu()")
     try:
         return np.from_dlpack(array)

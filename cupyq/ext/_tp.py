@@ -5,11 +5,12 @@ products and norms on each of them. How the work is ordered is said in _tp_conte
 import numpy as np
 
 from cupyq import _device, ops
-from cupyq._arrays import FLOATS, check, float16, is_cupy, require_cupy, stream_at
+from cupyq._arrays import FLOATS, byte_bounds, check, float16, is_cupy, require_cupy, stream_at
 from cupyq.ext._arrays import entry, integer, number, refuse_any_overlap
 from cupyq.ext._handles import handles
 from cupyq.ext._tp_blocks import tp_attn_forward_, tp_attn_forward_paged_, tp_mlp_forward_
 from cupyq.ext._tp_context import SPLITS, TPContext, broadcast, context_of, device_of, gather
+from cupyq.ops._common import refuse_overlap
 
 __all__ = [
     "free_tp_context",
@@ -250,9 +251,14 @@ def rms_norm_tp(x_list, w_list, y_list, epsilon, tp_context):
         context.check_stream(device_of(x), f"x_list[{index}]")
         for name, array in (("x_list", x), ("w_list", w), ("y_list", y)):
             context.check_place(array, device_of(x), f"{name}[{index}]")
-        check(x, f"x_list[{index}]", ndim=2)
-        check(w, f"w_list[{index}]", shape=x.shape[1:])
-        check(y, f"y_list[{index}]", shape=x.shape)
+        check(x, f"x_list[{index}]", dtype=float16, ndim=2)
+        check(w, f"w_list[{index}]", dtype=float16, shape=x.shape[1:])
+        check(y, f"y_list[{index}]", dtype=float16, shape=x.shape)
+    lists = {"x_list": x_list, "w_list": w_list, "y_list": y_list}
+    arrays = {f"{name}[{index}]": array for name, items in lists.items() for index, array in enumerate(items)}
+    for index, (x, y) in enumerate(zip(x_list, y_list, strict=True)):
+        own = {f"y_list[{index}]"} | ({f"x_list[{index}]"} if byte_bounds(x) == byte_bounds(y) else set())
+        refuse_overlap(y, f"y_list[{index}]", **{name: array for name, array in arrays.items() if name not in own})
     with context.ordered():
         for x, w, y in zip(x_list, w_list, y_list, strict=True):
             with context.on(device_of(x)):

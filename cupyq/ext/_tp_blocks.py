@@ -103,6 +103,7 @@ class _Checker:
 @entry(
     arrays=("hidden_states",),
     writes=("temp_bc0", "temp_bc1", "temp_bc2", "temp_gate", "temp_up", "temp_down"),
+    flags=("act_gelu",),
 )
 def tp_mlp_forward_(
     tp_context,

@@ -63,6 +63,62 @@ def whole_number(value, name):
     return int(value)
 
 
+def real_number(value, name):
+    """`value` as a float; TypeError for anything that is not one real number, ValueError where no float64 holds it."""
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.integer, np.floating)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must be a number that float64 holds, got one of {value.bit_length()} bits") from None
+
+
+def positive_number(value, name):
+    """`value` as a float that float32 holds above 0 and below Inf; TypeError / ValueError for anything else."""
+    value = real_number(value, name)
+    if not _LEAST_FLOAT32 <= value <= _LARGEST_FLOAT32:
+        raise ValueError(f"{name} must be a positive finite number, got {value}")
+    return value
+
+
+def norm_epsilon(value, name="eps"):
+    """What a norm adds to a mean of squares: a float from 0 on, finite in float32. TypeError / ValueError otherwise."""
+    value = real_number(value, name)
+    if not 0 <= value <= _LARGEST_FLOAT32:
+        raise ValueError(f"{name} must be a finite number of 0 or more, got {value}")
+    return value
+
+
+_LEAST_FLOAT32 = float(np.finfo(np.float32).smallest_subnormal)
+_LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
+
+
+def float32_factor(value, name):
+    """`value` rounded to float32, where NaN and Inf are factors as others are; TypeError for anything that is no number."""
+    with np.errstate(over="ignore"):
+        return np.float32(real_number(value, name))
+
+
+def truth(value, name):
+    """`value` as a bool; TypeError for anything but True and False."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} must be True or False, got {type(value).__name__}")
+    return bool(value)
+
+
+def shown(value):
+    """A wrong value as an error message can show it, on one line."""
+    return repr(value) if value is None or isinstance(value, (str, int, float)) else f"a {type(value).__name__}"
+
+
+def dtype_named(dtype, name="dtype"):
+    """`dtype` as a NumPy dtype; TypeError for what names none."""
+    try:
+        return np.dtype(dtype)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a dtype, such as numpy.float32, got {shown(dtype)}") from None
+
+
 def store(out, values):
     """Round `values` once into `out`; what does not fit becomes Inf, as IEEE says, without a warning."""
     with np.errstate(over="ignore"):

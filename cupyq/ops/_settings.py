@@ -88,7 +88,9 @@ def _integer(name, value, xp, rows, setting):
         raise ValueError(f"{name} must be below 2**64, got {largest}")
     if np.ndim(value) == 0:
         return np.uint64(number % (1 << 64)) if dtype is np.uint64 else np.int32(min(number, (1 << 31) - 1))
-    return array.astype(np.uint64) if dtype is np.uint64 else np.minimum(array, (1 << 31) - 1).astype(np.int32)
+    if dtype is np.uint64:
+        return array.astype(np.uint64)
+    return np.minimum(array, min((1 << 31) - 1, np.iinfo(array.dtype).max)).astype(np.int32)
 
 
 def _on_device(name, value, xp, rows, dtypes):

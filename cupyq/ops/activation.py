@@ -6,7 +6,7 @@ import numpy as np
 
 from cupyq._arrays import FLOATS, accepts_dlpack, check, float16, float32, namespace, output, refuse_partial_overlap
 from cupyq._kernels import instance, launch
-from cupyq.ops._common import access_width, float64, store
+from cupyq.ops._common import access_width, float64, positive_number, shown, store
 
 _LOWEST = np.finfo(np.float64).min
 
@@ -196,8 +196,8 @@ def _check_gated(gate, up, out):
 
 
 def _check_approximate(approximate):
-    if approximate not in ("tanh", "none"):
-        raise ValueError(f'approximate must be "tanh" or "none", got {approximate!r}')
+    if not isinstance(approximate, str) or approximate not in ("tanh", "none"):
+        raise ValueError(f'approximate must be "tanh" or "none", got {shown(approximate)}')
 
 
 _GELU = {"tanh": "GELU_TANH", "none": "GELU"}
@@ -231,8 +231,7 @@ def softcap(x, cap, *, out=None):
     >>> softcap(np.array([1.0, np.inf], np.float32), 30.0)
     array([ 0.9996298, 30.       ], dtype=float32)
     """
-    if not 0 < np.float32(cap) < np.inf:
-        raise ValueError(f"cap must be a positive finite number, got {cap}: leave softcap out where there is no cap")
+    cap = positive_number(cap, "cap")
     xp, out = _check(x, out)
     if x.size == 0:
         return out
@@ -265,8 +264,7 @@ def clamp(x, bound, *, out=None):
     >>> clamp(np.array([1.0, -np.inf], np.float32), 8.0)
     array([ 1., -8.], dtype=float32)
     """
-    if not 0 < np.float32(bound) < np.inf:
-        raise ValueError(f"bound must be a positive finite number, got {bound}: leave clamp out where there is none")
+    bound = positive_number(bound, "bound")
     xp, out = _check(x, out)
     if x.size == 0:
         return out

@@ -22,7 +22,7 @@ from cupyq._device import shared_bytes_limit
 from cupyq._kernels import instance, is_tracing, launch
 from cupyq.formats import kv_cache
 from cupyq.ops import attention_decode, attention_wgmma
-from cupyq.ops._common import float64, is_checking, refuse_overlap
+from cupyq.ops._common import float64, is_checking, positive_number, refuse_overlap, truth, whole_number
 from cupyq.ops.attention_decode import attention_workspace_size
 from cupyq.ops.attention_problem import AttentionProblem
 from cupyq.ops.kv_append import parts_of
@@ -105,7 +105,7 @@ def attention(
     if xp is np:
         _check_tables(problem, q, kv_lengths, block_table, query_starts)
         out[...] = attention_reference(
-            q, k, v, problem.scale, causal, window, softcap, kv_lengths, sinks, block_table, query_starts
+            q, k, v, problem.scale, causal, problem.window, softcap, kv_lengths, sinks, block_table, query_starts
         )
     else:
         if is_checking() and not is_tracing() and not xp.cuda.get_current_stream().is_capturing():
@@ -149,8 +149,8 @@ def _checked(q, k, v, scale, causal, window, softcap, sinks, kv_lengths, block_t
         raise ValueError(f"q's heads must be a multiple of k's, got {heads} and {kv_heads}")
     if head_dim % 8 or not 8 <= head_dim <= 256:
         raise ValueError(f"q must have a head_dim that is a multiple of 8 from 8 to 256, got {head_dim}: pad it")
-    if window is not None and not (isinstance(window, (int, np.integer)) and window >= 1):
-        raise ValueError(f"window must be a number of keys from 1, or None for all, got {window!r}")
+    if window is not None and whole_number(window, "window") < 1:
+        raise ValueError(f"window must be a number of keys from 1, or None for all, got {window}")
     if kv_lengths is not None:
         check(kv_lengths, "kv_lengths", dtype=int32, shape=(batch,))
     if sinks is not None:
@@ -165,10 +165,10 @@ def _checked(q, k, v, scale, causal, window, softcap, sinks, kv_lengths, block_t
         page_size=page_size,
         max_pages=max_pages,
         pages=pages,
-        causal=bool(causal),
-        window=None if window is None else int(window),
-        scale=_positive(head_dim**-0.5 if scale is None else scale, "scale"),
-        softcap=None if softcap is None else _positive(softcap, "softcap"),
+        causal=truth(causal, "causal"),
+        window=None if window is None else min(int(window), np.iinfo(np.int32).max),
+        scale=positive_number(head_dim**-0.5 if scale is None else scale, "scale"),
+        softcap=None if softcap is None else positive_number(softcap, "softcap"),
         kv_lengths=kv_lengths,
         block_table=block_table,
         query_starts=query_starts,
@@ -209,13 +209,6 @@ def _check_tables(problem, q, kv_lengths, block_table, query_starts):
                 raise ValueError(f"query_starts must go from 0 to {q.shape[0]}, q's rows, got {start} at entry {row}")
             if row and start < query_starts[row - 1]:
                 raise ValueError(f"query_starts must never fall, got {start} after {query_starts[row - 1]} at entry {row}")
-
-
-def _positive(value, name):
-    value = float(value)
-    if not 0 < value < np.inf:
-        raise ValueError(f"{name} must be a positive finite number, got {value}")
-    return value
 
 
 # --- the reference ----------------------------------------------------------------------------------------------------

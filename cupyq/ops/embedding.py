@@ -4,7 +4,7 @@ import numpy as np
 
 from cupyq._arrays import FLOATS, accepts_dlpack, check, float16, float32, int32, namespace, output
 from cupyq._kernels import instance, launch
-from cupyq.ops._common import access_width, float64, refuse_overlap, store
+from cupyq.ops._common import access_width, dtype_named, float32_factor, float64, refuse_overlap, store
 
 _IDS = (int32, np.dtype(np.int64))
 
@@ -26,9 +26,10 @@ def embedding(ids, table, *, scale=1.0, dtype=None, out=None):
     xp = namespace(ids=ids, table=table)
     check(ids, "ids", dtype=_IDS)
     check(table, "table", dtype=FLOATS, ndim=2)
-    out = output(xp, out, (*ids.shape, table.shape[1]), table.dtype if dtype is None else np.dtype(dtype))
+    out = output(xp, out, (*ids.shape, table.shape[1]), table.dtype if dtype is None else dtype_named(dtype))
     check(out, "out", dtype=FLOATS)
     refuse_overlap(out, "out", ids=ids, table=table)
+    scale = float32_factor(scale, "scale")
     if out.size == 0:
         return out
     if xp is np:

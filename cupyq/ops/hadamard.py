@@ -5,7 +5,7 @@ import numpy as np
 from cupyq._arrays import FLOATS, accepts_dlpack, bfloat16, check, float16, float32, namespace, output, refuse_partial_overlap
 from cupyq._kernels import instance, launch
 from cupyq.errors import UnsupportedError
-from cupyq.ops._common import float64, store, vector_width, whole_number
+from cupyq.ops._common import float32_factor, float64, store, vector_width, whole_number
 
 LARGEST_SIZE = 32768
 
@@ -25,7 +25,7 @@ def hadamard(x, size, *, scale=1.0, out=None):
     array([[10., -2., -4.,  0.]], dtype=float32)
     """
     xp = namespace(x=x)
-    size = whole_number(size, "size")
+    size, scale = whole_number(size, "size"), float32_factor(scale, "scale")
     if not 2 <= size <= LARGEST_SIZE or size & (size - 1):
         raise ValueError(f"size must be a power of two from 2 to {LARGEST_SIZE}, got {size}")
     check(x, "x", dtype=FLOATS)

@@ -15,7 +15,7 @@ from cupyq._kernels import instance, launch
 from cupyq.errors import UnsupportedError
 from cupyq.formats import kv_cache
 from cupyq.formats.kv_cache import CHUNK, GROUP, KINDS
-from cupyq.ops._common import refuse_overlap
+from cupyq.ops._common import refuse_overlap, shown
 
 _UINT8 = np.dtype(np.uint8)
 _CHUNKED = ("q4", "q8")  # kinds whose values are encoded by chunks of 64
@@ -309,13 +309,13 @@ def decode_blocks_reference(codes, scales, kind):
 
 
 def _check_kind(kind):
-    if kind not in KINDS:
-        raise ValueError(f'kind must be "fp8", "e4m3", "q4" or "q8", got {kind!r}')
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise ValueError(f'kind must be "fp8", "e4m3", "q4" or "q8", got {shown(kind)}')
 
 
 def _check_block_kind(kind):
-    if kind not in ("q4", "q8"):
-        raise ValueError(f'kind must be "q4" or "q8", got {kind!r}')
+    if not isinstance(kind, str) or kind not in ("q4", "q8"):
+        raise ValueError(f'kind must be "q4" or "q8", got {shown(kind)}')
 
 
 def _check_whole_number(value, name, low, high):

@@ -24,7 +24,7 @@ from cupyq._arrays import (
 from cupyq._device import arch_number, info
 from cupyq._kernels import instance, is_tracing, launch
 from cupyq.errors import BackendError
-from cupyq.ops._common import float64, refuse_overlap, store
+from cupyq.ops._common import dtype_named, float32_factor, float64, refuse_overlap, store, truth
 
 
 @accepts_dlpack
@@ -40,13 +40,14 @@ def matmul(x, weight, *, transpose=False, bias=None, dtype=None, out=None):
     xp = namespace(x=x, weight=weight, bias=bias)
     check(x, "x", dtype=FLOATS)
     check(weight, "weight", dtype=x.dtype, ndim=2)
+    transpose = truth(transpose, "transpose")
     k, n = weight.shape[::-1] if transpose else weight.shape
     check(x, "x", last=k)
     if k == 0:
         raise ValueError(f"weight has no rows to multiply by, its shape is {weight.shape}")
     if bias is not None:
         check(bias, "bias", dtype=FLOATS, shape=(n,))
-    out = output(xp, out, (*x.shape[:-1], n), x.dtype if dtype is None else np.dtype(dtype))
+    out = output(xp, out, (*x.shape[:-1], n), x.dtype if dtype is None else dtype_named(dtype))
     check(out, "out", dtype=(x.dtype, float32))
     refuse_overlap(out, "out", x=x, weight=weight, bias=bias)
     if out.size == 0:
@@ -90,7 +91,7 @@ def gemm(a, b, c, *, alpha=1.0, beta=0.0):
     if a.shape[1] == 0:
         raise ValueError(f"a has no columns to multiply, its shape is {a.shape}")
     refuse_overlap(c, "c", a=a, b=b)
-    alpha, beta = _factor("alpha", alpha), _factor("beta", beta)
+    alpha, beta = float32_factor(alpha, "alpha"), float32_factor(beta, "beta")
     if c.size == 0:
         return c
     if xp is np:
@@ -98,12 +99,6 @@ def gemm(a, b, c, *, alpha=1.0, beta=0.0):
     else:
         multiply_into(c, a, b, alpha=alpha, beta=beta)
     return c
-
-
-def _factor(name, value):
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.floating, np.integer)):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    return np.float32(value)
 
 
 @np.errstate(invalid="ignore", over="ignore")

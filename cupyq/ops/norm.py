@@ -19,7 +19,7 @@ from cupyq._arrays import (
     refuse_partial_overlap,
 )
 from cupyq._kernels import instance, launch
-from cupyq.ops._common import access_width, float64, refuse_overlap, store
+from cupyq.ops._common import access_width, dtype_named, float64, norm_epsilon, refuse_overlap, shown, store
 
 
 @accepts_dlpack
@@ -39,6 +39,7 @@ def rms_norm(x, weight, *, eps=1e-6, dtype=None, residual=None, order=None, out=
     >>> rms_norm(np.array([[3.0, 4.0]], np.float32), np.ones(2, np.float32), eps=0.0)
     array([[0.84852815, 1.1313709 ]], dtype=float32)
     """
+    eps = norm_epsilon(eps)
     xp, out = _check_rows(x, weight, None, dtype, residual, order, out)
     if out.size == 0:
         return out
@@ -58,15 +59,16 @@ def _check_rows(x, weight, bias, dtype, residual, order, out):
     check(weight, "weight", dtype=FLOATS, shape=x.shape[-1:])
     if bias is not None:
         check(bias, "bias", dtype=weight.dtype, shape=weight.shape)
+    dtype = None if dtype is None else dtype_named(dtype)
     if residual is not None:
-        check(residual, "residual", dtype=FLOATS if dtype is None else np.dtype(dtype), shape=x.shape)
+        check(residual, "residual", dtype=FLOATS if dtype is None else dtype, shape=x.shape)
     if dtype is None:
         dtype = (x if residual is None else residual).dtype
     shape = x.shape
     if order is not None:
         _check_order(xp, order, residual, shape[-1])
         shape = (*shape[:-1], order.size)
-    out = output(xp, out, shape, np.dtype(dtype))
+    out = output(xp, out, shape, dtype)
     check(out, "out", dtype=FLOATS)
     if order is None:
         refuse_partial_overlap(out, x=x, weight=weight, bias=bias, residual=residual)
@@ -139,6 +141,7 @@ def layer_norm(x, weight, bias=None, *, eps=1e-5, dtype=None, residual=None, ord
     >>> layer_norm(np.array([[1.0, 3.0]], np.float32), np.ones(2, np.float32), eps=0.0)
     array([[-1.,  1.]], dtype=float32)
     """
+    eps = norm_epsilon(eps)
     xp, out = _check_rows(x, weight, bias, dtype, residual, order, out)
     if out.size == 0:
         return out
@@ -184,8 +187,9 @@ def head_norm(x, weight, bias=None, *, eps=1e-6, kind="rms", out=None):
            [0.        , 1.4142135 ]], dtype=float32)
     """
     xp = namespace(x=x, weight=weight, bias=bias)
-    if kind not in ("rms", "layer"):
-        raise ValueError(f'kind must be "rms" or "layer", got {kind!r}')
+    eps = norm_epsilon(eps)
+    if not isinstance(kind, str) or kind not in ("rms", "layer"):
+        raise ValueError(f'kind must be "rms" or "layer", got {shown(kind)}')
     check(x, "x", dtype=FLOATS)
     if x.ndim < 2:
         raise ValueError(f"x must have at least the dimensions [heads, head_dim], got shape {x.shape}")

@@ -119,9 +119,8 @@ def penalize(
     else:
         raise TypeError(f"table must be a PenaltyTable, got {type(table).__name__}")
     _check_masks(rows, vocab, dry_breakers, bias, bias_ids, allowed)
-    if out is not None and out.dtype != logits.dtype:
-        out = output(xp, out, logits.shape, float32)
-    out = output(xp, out, logits.shape, logits.dtype if out is None else out.dtype)
+    dtype = float32 if getattr(out, "dtype", logits.dtype) != logits.dtype else logits.dtype
+    out = output(xp, out, logits.shape, dtype)
     refuse_partial_overlap(out, logits=logits)
     inputs = {"history": history, "lengths": lengths, "dry_breakers": dry_breakers, "bias": bias, "bias_ids": bias_ids}
     refuse_overlap(out, "out", **inputs, allowed=allowed)

@@ -7,7 +7,7 @@ import numpy as np
 from cupyq._arrays import FLOATS, accepts_dlpack, bfloat16, check, float16, float32, int32, namespace, output
 from cupyq._kernels import instance, launch
 from cupyq.formats.kv_cache import KINDS
-from cupyq.ops._common import is_checking, refuse_overlap, store, whole_number
+from cupyq.ops._common import is_checking, norm_epsilon, refuse_overlap, shown, store, whole_number
 from cupyq.ops.kv_append import (
     check_caches,
     check_capacity,
@@ -69,6 +69,7 @@ def qkv_append(
     batch, seq, kv_heads, head_dim = _check_arrays(qkv, k_cache, v_cache, positions, heads, block_table)
     _check_tables(sin, cos, style, head_dim)
     _check_norms(q_norm, k_norm, heads, kv_heads, head_dim)
+    eps = norm_epsilon(eps)
     out = output(xp, out, (batch, seq, heads, head_dim), qkv.dtype)
     refuse_overlap(out, "out", **others, **caches)
     refuse_cache_overlaps(caches, **others)
@@ -105,8 +106,8 @@ def _check_tables(sin, cos, style, head_dim):
         if sin is not None or cos is not None:
             raise ValueError("style None turns nothing: pass None as sin and cos, or a style")
         return
-    if style not in ("neox", "gptj"):
-        raise ValueError(f'style must be "neox", "gptj" or None for no rotation, got {style!r}')
+    if not isinstance(style, str) or style not in ("neox", "gptj"):
+        raise ValueError(f'style must be "neox", "gptj" or None for no rotation, got {shown(style)}')
     if sin is None or cos is None:
         raise ValueError(f'style "{style}" needs both sin and cos, as rope_tables makes them; style None turns nothing')
     check(sin, "sin", dtype=(float32, float16), ndim=2)

@@ -19,7 +19,7 @@ from cupyq._arrays import (
 )
 from cupyq._kernels import instance, launch
 from cupyq.formats.tiles import TILE
-from cupyq.ops._common import float64, refuse_overlap, store
+from cupyq.ops._common import dtype_named, float64, norm_epsilon, refuse_overlap, shown, store, truth
 from cupyq.ops.activation import activation_reference, launch_activate
 from cupyq.ops.arrange import launch_arrange_gated, launch_arrange_normed, suits_arrange
 from cupyq.ops.gather_columns import launch_gather_columns
@@ -82,7 +82,8 @@ def qmatmul(x, q, *, before=None, residual=None, is_ordered=False, dtype=None, o
     FUSED_ROWS rows, nothing is allocated.
     Raises TypeError / ValueError for wrong dtypes, shapes, strides, devices.
     """
-    dtype = None if dtype is None else np.dtype(dtype)
+    dtype = None if dtype is None else dtype_named(dtype)
+    is_ordered, batch_invariant = truth(is_ordered, "is_ordered"), truth(batch_invariant, "batch_invariant")
     xp, out = _check_product(x, q, before, is_ordered, dtype, out, _columns(q), residual)
     if x.size == 0:
         return out
@@ -104,11 +105,12 @@ def _check_product(x, q, before, is_ordered, dtype, out, n, residual=None):
     xp = namespace(x=x, q=q, residual=residual, before=getattr(before, "weight", None))
     k = q.k if xp is np or not is_ordered else q.blocks * TILE
     types = (float16, bfloat16, float32) if xp is np else (float16, bfloat16)
-    x_types, x_dtype = types, x.dtype
+    x_types, x_dtype = types, None
     if before is not None and is_ordered:
         raise ValueError("before and is_ordered exclude each other: what is done to x first reads it in the model's order")
     if isinstance(before, InputNorm):
-        x_types, x_dtype = FLOATS, np.dtype(before.dtype)
+        x_types, x_dtype = FLOATS, dtype_named(before.dtype, "before.dtype")
+        norm_epsilon(before.eps, "before.eps")
         if x_dtype not in types:
             raise TypeError(f"before.dtype must be one of {', '.join(map(str, types))}, got {x_dtype}")
         check(before.weight, "before.weight", dtype=FLOATS, shape=(q.k,))
@@ -118,6 +120,7 @@ def _check_product(x, q, before, is_ordered, dtype, out, n, residual=None):
     elif before is not None:
         raise TypeError(f"before must be an InputNorm, an InputGate or None, got {type(before).__name__}")
     check(x, "x", dtype=x_types, last=k)
+    x_dtype = x.dtype if x_dtype is None else x_dtype
     out = output(xp, out, (*x.shape[:-1], n), x_dtype if dtype is None else dtype)
     check(out, "out", dtype=(x_dtype, float32))
     refuse_overlap(out, "out", x=x, weight=getattr(before, "weight", None))
@@ -164,6 +167,7 @@ def qmatmul_gated(x, joined, *, activation="silu", before=None, is_ordered=False
     if not isinstance(joined, JoinedQMatrix) or len(joined.matrices) != 2 or len({q.n for q in joined.matrices}) != 1:
         raise TypeError("joined must be a JoinedQMatrix of two matrices with the same n: gate and up")
     _check_activation(activation)
+    is_ordered = truth(is_ordered, "is_ordered")
     if isinstance(before, InputGate):
         raise TypeError("before must be an InputNorm or None: gate and up are what this op makes")
     xp, out = _check_product(x, joined, before, is_ordered, None, out, joined.matrices[0].n)
@@ -188,8 +192,8 @@ def qmatmul_gated_reference(x, joined, activation, before=None):
 
 
 def _check_activation(activation):
-    if activation not in GATES:
-        raise ValueError(f"activation must be one of {', '.join(GATES)}, got {activation!r}")
+    if not isinstance(activation, str) or activation not in GATES:
+        raise ValueError(f"activation must be one of {', '.join(GATES)}, got {shown(activation)}")
 
 
 # --- which kernel -----------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from cupyq import _device
 from cupyq._arrays import accepts_dlpack, bfloat16, byte_bounds, check, float16, float32, namespace, output
 from cupyq._kernels import instance, launch
 from cupyq.formats.tiles import TILE
-from cupyq.ops._common import refuse_overlap, store
+from cupyq.ops._common import dtype_named, refuse_overlap, store
 from cupyq.ops.qmatmul import product_instance, qmatmul_reference, split_workspace, workspace_parts
 from cupyq.ops.qmatmul_config import COUNTERS, Problem, pick_config, widths_present
 from cupyq.ops.qmatrix_group import QMatrixGroup
@@ -38,7 +38,7 @@ def qmatmul_grouped(x, matrices, groups, *, dtype=None, out=None, workspace=None
         raise ValueError(f"x must have shape ({rows}, {k}) or ({rows}, {top_k}, {k}), as groups say, got {x.shape}")
     if groups.num_experts != len(matrices):
         raise ValueError(f"groups are for {groups.num_experts} experts and matrices for {len(matrices)}: they must agree")
-    out = output(xp, out, (rows, top_k, matrices.n), x.dtype if dtype is None else np.dtype(dtype))
+    out = output(xp, out, (rows, top_k, matrices.n), x.dtype if dtype is None else dtype_named(dtype))
     check(out, "out", dtype=(x.dtype, float32))
     refuse_overlap(out, "out", x=x)
     if out.size == 0:

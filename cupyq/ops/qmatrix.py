@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from cupyq._arrays import FLOATS, float16, is_cupy, native, require_cupy
+from cupyq._arrays import FLOATS, admit, check, float16, is_cupy, native, require_cupy
 from cupyq._kernels import instance, launch
 from cupyq.errors import FormatError
 from cupyq.formats import exl2, gptq, tiles
@@ -131,12 +131,10 @@ _SMALL_TABLES = ("q_groups", "q_invperm", "q_perm", "row_input", "g_idx", "q_sca
 
 def _placed(array, name):
     """The array after its checks; small tables, whose values are looked at, as NumPy arrays."""
-    if not (isinstance(array, np.ndarray) or is_cupy(array)):
-        raise TypeError(f"{name} must be an array, got {type(array).__name__}")
+    admit(array, name)
     if is_cupy(array) and name in _SMALL_TABLES:
         return array.get()
-    if not array.flags.c_contiguous:
-        raise ValueError(f"{name} must be C-contiguous, got strides {array.strides}: pass ascontiguousarray({name})")
+    check(array, name)
     return array
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from cupyq._arrays import accepts_dlpack, byte_bounds, check, float16, float32, namespace, output
 from cupyq._kernels import instance, launch
 from cupyq.formats.bits import WIDTHS
-from cupyq.ops._common import byte_workspace, refuse_overlap
+from cupyq.ops._common import byte_workspace, refuse_overlap, truth, whole_number
 
 _uint8 = np.dtype(np.uint8)
 _MOST_ROWS = 128
@@ -58,9 +58,10 @@ _GPTQ_SEARCHES = {
 
 
 def _check_bits(bits):
+    bits = whole_number(bits, "bits")
     if bits not in WIDTHS:
-        raise ValueError(f"bits must be one of {', '.join(map(str, WIDTHS))}, got {bits!r}")
-    return int(bits)
+        raise ValueError(f"bits must be one of {', '.join(map(str, WIDTHS))}, got {bits}")
+    return bits
 
 
 def _refuse_overlaps(written, **inputs):
@@ -108,7 +109,7 @@ def search_scales(target, weights, bits, *, codes=None, scale_max=None, scales16
     >>> search_scales(np.array([[0.5, -4.0], [1.5, 3.0]], np.float32), np.ones(2, np.float32), 4)
     (array([ 9, 14], dtype=uint8), array([0.566], dtype=float16))
     """
-    xp = namespace(target=target, weights=weights)
+    xp = namespace(target=target, weights=weights, scales16=scales16)
     bits = _check_bits(bits)
     check(target, "target", dtype=float32, ndim=2)
     _check_rows(target, "target")
@@ -265,7 +266,7 @@ def search_scales_gptq(target, weights, bits, is_symmetric, *, scales=None, zero
     (array([0.5015], dtype=float16), array([2], dtype=uint8))
     """
     xp = namespace(target=target, weights=weights)
-    bits = _check_bits(bits)
+    bits, is_symmetric = _check_bits(bits), truth(is_symmetric, "is_symmetric")
     check(target, "target", dtype=float32, ndim=2)
     rows, n = target.shape
     if rows == 0:

@@ -14,7 +14,7 @@ import numpy as np
 from cupyq._arrays import accepts_dlpack, check, float32, int32, namespace, output, refuse_partial_overlap
 from cupyq._kernels import instance, launch
 from cupyq.formats.bits import WIDTHS, pack_cols, pack_rows
-from cupyq.ops._common import float64, refuse_overlap, store, vector_width, whole_number
+from cupyq.ops._common import float64, real_number, refuse_overlap, store, vector_width, whole_number
 
 _int16 = np.dtype(np.int16)
 _LARGEST_LEVEL = 2048  # whole numbers up to here are exact in float16
@@ -33,8 +33,9 @@ def pack_columns(codes, bits, *, out=None):
     array([[ True]])
     """
     xp = namespace(codes=codes)
+    bits = whole_number(bits, "bits")
     if bits not in WIDTHS:
-        raise ValueError(f"bits must be one of {', '.join(map(str, WIDTHS))}, got {bits!r}")
+        raise ValueError(f"bits must be one of {', '.join(map(str, WIDTHS))}, got {bits}")
     check(codes, "codes", dtype=_int16, ndim=2)
     rows, cols = codes.shape
     if rows * bits % 32:
@@ -58,7 +59,7 @@ def _launch_pack_columns(codes, bits, out):
     rows, cols = codes.shape
     units = rows * math.gcd(32, bits) // 32
     grid = (-(-cols // 128), min(units, _GRID_ROWS))
-    launch(instance("pack_columns", int(bits)), grid, (128,), (codes, out, np.int32(units), np.int32(cols)))
+    launch(instance("pack_columns", bits), grid, (128,), (codes, out, np.int32(units), np.int32(cols)))
 
 
 @accepts_dlpack
@@ -124,6 +125,7 @@ def quantize(x, scale, qzero, maxq, *, codes=None, out=None):
 
 def _levels(qzero, maxq):
     """Both as ints; callers may hold them as floats."""
+    qzero, maxq = real_number(qzero, "qzero"), real_number(maxq, "maxq")
     if not (0 <= qzero <= maxq <= _LARGEST_LEVEL and qzero == int(qzero) and maxq == int(maxq)):
         raise ValueError(
             f"qzero and maxq must be whole numbers with 0 <= qzero <= maxq <= {_LARGEST_LEVEL}, got {qzero!r} and {maxq!r}"
@@ -184,6 +186,9 @@ def quantize_err(x, scale, qzero, maxq, err_norm, min_p, max_p, p_grid, *, out=N
     p_grid = whole_number(p_grid, "p_grid")
     if not 1 <= p_grid < 2**24:
         raise ValueError(f"p_grid must be at least 1 (and below 2**24), got {p_grid}")
+    err_norm, min_p, max_p = (
+        real_number(value, name) for name, value in (("err_norm", err_norm), ("min_p", min_p), ("max_p", max_p))
+    )
     if not 0 < err_norm < math.inf:
         raise ValueError(f"err_norm must be a positive number, got {err_norm!r}")
     out = output(xp, out, (p_grid + 1,), float32)

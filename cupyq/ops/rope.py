@@ -18,7 +18,7 @@ from cupyq._arrays import (
 )
 from cupyq._kernels import instance, launch
 from cupyq.errors import FormatError, UnsupportedError
-from cupyq.ops._common import float64, refuse_overlap, store, vector_width
+from cupyq.ops._common import float64, refuse_overlap, shown, store, vector_width
 
 
 @accepts_dlpack
@@ -40,8 +40,8 @@ def rope(x, sin, cos, positions, *, style="neox", out=None):
            [-4.,  3.]], dtype=float32)
     """
     xp = namespace(x=x, sin=sin, cos=cos, positions=positions)
-    if style not in ("neox", "gptj"):
-        raise ValueError(f'style must be "neox" or "gptj", got {style!r}')
+    if not isinstance(style, str) or style not in ("neox", "gptj"):
+        raise ValueError(f'style must be "neox" or "gptj", got {shown(style)}')
     check(x, "x", dtype=FLOATS, ndim=4)
     check(sin, "sin", dtype=(float32, float16), ndim=2)
     check(cos, "cos", dtype=sin.dtype, shape=sin.shape)
@@ -137,7 +137,7 @@ def mrope_positions(ids, merge_size, spans, grids, length):
     check(ids, "ids", dtype=np.int64, ndim=1)
     for name, size, least in (("merge_size", merge_size, 1), ("length", length, 0)):
         if not isinstance(size, (int, np.integer)) or size < least:
-            raise ValueError(f"{name} must be an integer from {least}, got {size!r}")
+            raise ValueError(f"{name} must be an integer from {least}, got {shown(size)}")
     sizes = _merged_grids(merge_size, spans, grids)
     which = np.full(length, -1)
     known = ids[:length]

@@ -6,7 +6,7 @@ import numpy as np
 
 from cupyq._arrays import FLOATS, accepts_dlpack, check, float16, float32, int32, namespace, output
 from cupyq._kernels import instance, launch
-from cupyq.ops._common import access_width, float64, refuse_overlap, store
+from cupyq.ops._common import access_width, float64, refuse_overlap, store, truth, whole_number
 
 _MOST_EXPERTS = 1024
 
@@ -31,6 +31,7 @@ def route(logits, top_k, *, renormalize=True, weights=None, experts=None):
     rows, count = logits.shape
     if count > _MOST_EXPERTS:
         raise ValueError(f"logits must have at most {_MOST_EXPERTS} experts as its last dimension, got {count}")
+    top_k, renormalize = whole_number(top_k, "top_k"), truth(renormalize, "renormalize")
     if not 1 <= top_k <= count:
         raise ValueError(f"top_k must be 1 to {count}, the experts of logits, got {top_k}")
     weights = output(xp, weights, (rows, top_k), float32, "weights")
@@ -124,10 +125,11 @@ def group_rows(experts, num_experts, *, tile_rows=None, out=None):
     """
     xp = namespace(experts=experts)
     check(experts, "experts", dtype=int32, ndim=2)
+    num_experts = whole_number(num_experts, "num_experts")
     if not 1 <= num_experts <= _MOST_EXPERTS:
         raise ValueError(f"num_experts must be 1 to {_MOST_EXPERTS}, got {num_experts}")
     tile_rows = pick_tile_rows(experts.size, num_experts) if tile_rows is None else tile_rows
-    if tile_rows not in TILE_ROWS:
+    if whole_number(tile_rows, "tile_rows") not in TILE_ROWS:
         raise ValueError(f"tile_rows must be one of {', '.join(map(str, TILE_ROWS))}, got {tile_rows}")
     shapes = dict(
         order=(experts.size,), offsets=(num_experts + 1,), tiles=(most_tiles(experts.size, num_experts, tile_rows), 3)
@@ -135,8 +137,10 @@ def group_rows(experts, num_experts, *, tile_rows=None, out=None):
     if not (out is None or isinstance(out, RowGroups)):
         raise TypeError(f"out must be the RowGroups of an earlier call, got {type(out).__name__}")
     arrays = {name: output(xp, getattr(out, name, None), shape, int32, f"out.{name}") for name, shape in shapes.items()}
+    others = {f"out.{name}": array for name, array in arrays.items()} | {"experts": experts}
     for name, array in arrays.items():
-        refuse_overlap(array, f"out.{name}", experts=experts)
+        del others[f"out.{name}"]
+        refuse_overlap(array, f"out.{name}", **others)
     if experts.size == 0:
         arrays["offsets"].fill(0)
     elif xp is np:

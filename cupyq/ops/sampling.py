@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cupyq import _device
-from cupyq._arrays import FLOATS, accepts_dlpack, check, float32, int32, namespace, output, refuse_partial_overlap
+from cupyq._arrays import FLOATS, accepts_dlpack, check, float32, int32, namespace, output
 from cupyq._kernels import instance, launch
 from cupyq.ops._common import byte_workspace, refuse_overlap, vector_width
 from cupyq.ops._settings import Setting, SettingTable, given_settings, is_scalar, may_be, normalise, upload
@@ -222,11 +222,13 @@ def sample(
         check(xtc_mask, "xtc_mask", dtype=(np.dtype(bool), np.dtype(np.uint8)), shape=(vocab,))
     _check_top(top_ids, top_probabilities, rows)
     out = output(xp, out, (rows,), int32)
-    refuse_partial_overlap(out, logits=logits)
+    refuse_overlap(out, "out", logits=logits, xtc_mask=xtc_mask)
     written = states | {"top_ids": top_ids, "top_probabilities": top_probabilities}
+    others = written | {"logits": logits, "xtc_mask": xtc_mask, "out": out}
     for name, array in written.items():
+        del others[name]
         if array is not None:
-            refuse_overlap(array, name, logits=logits, xtc_mask=xtc_mask, out=out)
+            refuse_overlap(array, name, **others)
     if rows == 0:
         return out
     if xp is np:

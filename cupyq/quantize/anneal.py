@@ -82,14 +82,23 @@ def _proposals(generator, starts, sizes, count, temperature):
 
 
 def _check_slots(slots):
+    if not isinstance(slots, (list, tuple)):
+        raise TypeError(f"slots must be a list of lists of (cost, err), got {type(slots).__name__}")
     if len(slots) == 0:
         raise ValueError("slots is empty: give at least one slot")
     for number, slot in enumerate(slots):
+        if not isinstance(slot, (list, tuple)) or not all(map(_is_option, slot)):
+            raise TypeError(f"slots[{number}] must be a list of pairs of numbers (cost, err), got {slot!r:.60}")
         if len(slot) == 0:
             raise ValueError(f"slots[{number}] has no options: give at least one (cost, err)")
         for _, err in slot:
             if not 0 <= err < math.inf:
                 raise ValueError(f"slots[{number}] has an option with err {err!r}: errors must be finite and not negative")
+
+
+def _is_option(option):
+    kinds = (int, float, np.integer, np.floating)
+    return isinstance(option, (list, tuple)) and len(option) == 2 and all(isinstance(n, kinds) for n in option)
 
 
 def _rounds(initial_temp, cooling_factor, min_temp):
