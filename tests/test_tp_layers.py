@@ -6,8 +6,10 @@ from layer_checks import gptq, make_mlp, numbers
 from tp_checks import in_threads
 
 from cupyq._kernels import tracing
-from cupyq.layers import Linear, MoE, QMatrix
-from cupyq.tp.layers import NoHeads, SummedLinear, SummedMoE
+from cupyq.layers import DecoderLayer, LayerNorm, Linear, MoE, ParallelDecoderLayer, QMatrix, RMSNorm
+from cupyq.ops.norm import rms_norm
+from cupyq.ops.qmatmul import InputNorm
+from cupyq.tp.layers import SUMMED_ROWS, NoHeads, SummedLinear, SummedMoE, SummingNorm, leave_sums_to_norms
 from cupyq.tp.local import LocalComm
 from cupyq.tp.split import split_rows
 
@@ -135,7 +137,117 @@ def test_a_rank_without_heads_adds_nothing():
             assert np.array_equal(alone, whole(x)) and np.array_equal(hidden, x + whole(x))
 
 
+# --- sums that are left to the next norm ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [1, SUMMED_ROWS, SUMMED_ROWS + 1])
+def test_a_norm_sums_what_was_left_to_it(rows):
+    """In one call for a few rows, beforehand for more: x is the sum after it, and the norm is of that."""
+    parts, weight = [whole_numbers(1, rows, 16, seed=rank) for rank in range(3)], numbers(16, seed=9)
+    total = parts[0] + parts[1] + parts[2]
+    order = np.array([3, -1, 15, 0], np.int32)
+
+    def work(comm):
+        norm = SummingNorm(RMSNorm(weight, 1e-5), comm)
+        x = parts[comm.rank].copy()
+        before = norm.of_product(x, np.dtype(np.float16))
+        assert np.array_equal(x, total) == (rows > SUMMED_ROWS) == (type(before) is InputNorm)
+        y = before.applied(x, order if comm.rank == 1 else None)
+        alone = parts[comm.rank].copy()
+        return x, y, alone, norm(alone, np.dtype(np.float16))
+
+    for rank, (x, y, alone, called) in enumerate(on_ranks(3, work)):
+        assert np.array_equal(x, total) and np.array_equal(alone, total)
+        expected = rms_norm(total, weight, eps=1e-5, dtype=np.float16)
+        assert np.array_equal(called, expected)
+        assert np.array_equal(y, rms_norm(total, weight, eps=1e-5, dtype=np.float16, order=order) if rank == 1 else expected)
+
+
+def test_a_product_that_leaves_its_sum_makes_this_ranks_part():
+    x, weight, residual = whole_numbers(2, 3, 16), whole_numbers(8, 16, seed=1), whole_numbers(2, 3, 8, seed=2)
+
+    def work(comm):
+        linear, columns = part_of(weight, comm.rank, 2)
+        left, hidden, nothing, empty = SummedLinear(linear, comm), residual.copy(), NoHeads(comm), residual.copy()
+        left.leaves_sum = nothing.leaves_sum = True
+        left(np.ascontiguousarray(x[..., columns]), residual=hidden, out=hidden)
+        assert np.array_equal(nothing(empty, None, residual=empty), residual * (comm.rank == 0))
+        return hidden
+
+    found = on_ranks(2, work)
+    half = [Linear(np.ascontiguousarray(weight[:, s]))(np.ascontiguousarray(x[..., s])) for s in (slice(8), slice(8, 16))]
+    assert np.array_equal(found[0], residual + half[0]) and np.array_equal(found[1], half[1])
+
+
+def test_a_rank_without_heads_takes_part_in_the_sum_of_its_norm():
+    parts, weight = [whole_numbers(1, 2, 8, seed=rank) for rank in range(2)], numbers(8, seed=3)
+
+    def work(comm):
+        hidden, nothing = parts[comm.rank].copy(), NoHeads(comm)
+        nothing.leaves_sum = True
+        norm = SummingNorm(RMSNorm(weight, 1e-5), comm).of_product(hidden, np.dtype(np.float32))
+        if comm.rank == 1:
+            return nothing(hidden, None, norm=norm, residual=hidden)
+        norm.applied(hidden)
+        return hidden
+
+    summed, nothing = on_ranks(2, work)
+    assert np.array_equal(summed, parts[0] + parts[1]) and not nothing.any()
+
+
+class Part:
+    def __init__(self, comm, name):
+        setattr(self, name, SummedLinear(Linear(whole_numbers(4, 4)), comm))
+
+
+class Experts:
+    pass
+
+
+def test_who_sums():
+    """Each sum once: in the next RMSNorm of a DecoderLayer or of the model, else where it was."""
+    comm = LocalComm.group(2)[0]
+
+    def layer(norm=lambda: RMSNorm(np.ones(4, np.float32), 1e-5), mlp=lambda: Part(comm, "down"), **options):
+        return DecoderLayer(Part(comm, "o"), mlp(), attention_norm=norm(), mlp_norm=norm(), **options)
+
+    def layer_norm():
+        return LayerNorm(np.ones(4, np.float32), None, 1e-5)
+
+    def sums_of(layers, last):
+        last = leave_sums_to_norms(layers, last, comm)
+        said = []
+        for one in layers:
+            if type(one) is ParallelDecoderLayer:
+                said.append((type(one.norm) is SummingNorm, one.attention.o.leaves_sum, one.mlp.down.leaves_sum))
+                continue
+            down = one.mlp.down.leaves_sum if hasattr(one.mlp, "down") else None
+            norms = [type(norm) is SummingNorm for norm in (one.attention_norm, one.mlp_norm)]
+            said.append((norms[0], one.attention.o.leaves_sum, norms[1], down))
+        return [*said, type(last) is SummingNorm]
+
+    rms = RMSNorm(np.ones(4, np.float32), 1e-5)
+    plain, kept = (True, True, True, True), (False, False, False, False)
+    assert sums_of([layer(), layer(), layer()], rms) == [(False, True, True, True), plain, plain, True]
+    assert sums_of([layer()], layer_norm()) == [(False, True, True, False), False]
+    assert sums_of([layer(layer_norm)], layer_norm()) == [kept, False]
+    posts = [layer(attention_post_norm=rms, mlp_post_norm=rms) for _ in range(2)]
+    assert sums_of(posts, rms) == [kept, kept, False]
+    assert sums_of([layer(mlp=Experts), layer()], rms) == [(False, True, True, None), (False, True, True, True), True]
+    parallel = ParallelDecoderLayer(Part(comm, "o"), Part(comm, "down"), norm=rms)
+    assert sums_of([layer(), parallel, layer()], rms) == [
+        (False, True, True, False),
+        (False, False, False),
+        (False, True, True, True),
+        True,
+    ]
+
+
 def test_nothing_is_exchanged_while_kernels_are_traced():
     comm = LocalComm.group(2, stall_s=0.1)[0]
     with tracing():
         assert SummedLinear(Linear(whole_numbers(4, 4)), comm)(whole_numbers(1, 4)).shape == (1, 4)
+        norm = SummingNorm(RMSNorm(np.ones(4, np.float32), 1e-5), comm)
+        for rows in (1, SUMMED_ROWS + 1):
+            x = whole_numbers(rows, 4)
+            assert norm.of_product(x, np.dtype(np.float32)).applied(x).shape == (rows, 4)

@@ -38,7 +38,7 @@ from cupyq.formats.safetensors import SafetensorsFile
 from cupyq.generate import SamplerSettings, generate
 from cupyq.layers import CACHE_KINDS
 from cupyq.models import load_model
-from cupyq.tp.layers import NoHeads
+from cupyq.tp.layers import NoHeads, SummingNorm
 
 FLOAT32 = 2e-6
 GREEDY = SamplerSettings.greedy()
@@ -122,6 +122,11 @@ class Mute:
             array[...] = 0
         return self.comm.all_reduce(array, out)
 
+    def all_reduce_norm(self, array, weight, **options):
+        if self.rank == 1:
+            array[...] = 0
+        return self.comm.all_reduce_norm(array, weight, **options)
+
 
 @pytest.mark.parametrize("part", ["attention", "mlp"])
 @pytest.mark.parametrize("name", ["llama3-rope", "gemma2", "mixtral"])
@@ -131,7 +136,11 @@ def test_a_part_left_out_would_be_seen(name, part):
     def work(model):
         layer = model.layers[-1]
         block = layer.attention.o if part == "attention" else getattr(layer.mlp, "down", layer.mlp)
-        block.comm = Mute(block.comm)
+        norm = layer.mlp_norm if part == "attention" else model.norm
+        sums = norm if isinstance(norm, SummingNorm) else block
+        assert (sums is norm) == (name == "llama3-rope" or (name, part) == ("mixtral", "attention"))
+        assert getattr(block, "leaves_sum", False) == (sums is norm)
+        sums.comm = Mute(sums.comm)
         return model.forward(ids)
 
     assert relative(on_ranks(name, 2, work), loaded(name).forward(ids)) > 100 * FLOAT32

@@ -29,12 +29,12 @@ from cupyq.ops.all_reduce import (
     all_reduce_norm_reference,
     all_reduce_reference,
     choose_way,
-    norm_vector,
 )
-from cupyq.ops.elementwise import add
 from cupyq.ops.norm import rms_norm
+from cupyq.ops.qmatmul import WGMMA_ROWS
 from cupyq.tp import nccl, peer
 from cupyq.tp.comm import together
+from cupyq.tp.layers import SUMMED_ROWS
 from cupyq.tp.local import LocalComm, SoloComm
 from cupyq.tp.nccl import NcclComm
 
@@ -142,14 +142,40 @@ def test_two_shot_takes_each_unit_once_and_within_its_pieces(ranks, itemsize):
 
 
 def test_norms_that_fit():
-    assert norm_vector(1, 8192, float16, float32, float32, float16) == 4
-    assert norm_vector(16, 4096, float16, float16, float16, float16) == 8
-    assert norm_vector(1, 4096, float32, float32, float16, float16) == 4
-    assert norm_vector(17, 4096, float16, float32, float32, float16) is None  # rows
-    assert norm_vector(1, 32768, float16, float32, float32, float16) is None  # columns
-    assert norm_vector(1, 4098, float16, float32, float32, float16) is None  # of no whole units
-    assert norm_vector(0, 4096, float16, float32, float32, float16) is None
-    assert norm_vector(1, 4098, float32, float32, float32, float16) == 2
+    fits = kernels.norm_fits
+    assert all(fits(rows, dim, T) for rows in (1, 16) for dim in (16, 2880, 4096, 8192, 16384) for T in (float16, bfloat16))
+    assert not fits(17, 4096, float16) and not fits(0, 4096, float16)
+    assert not fits(1, 16400, float16) and not fits(1, 0, float16)
+    assert not fits(1, 4104, float16)  # of no whole units for each of 8 blocks
+    assert not fits(1, 4096, float32)
+    assert kernels._NORM_ROWS == SUMMED_ROWS < WGMMA_ROWS[0]  # more rows arrange what is normed themselves
+
+
+def test_the_launch_of_a_norm(monkeypatch):
+    """Blocks, threads and units are those of the kernel's text."""
+    text = (ROOT / "cupyq/cu/all_reduce_norm.cu").read_text()
+    constants = dict(re.findall(r"(\w+) = (\d+)", text))
+    assert int(constants["SHARERS"]) == kernels._NORM_SHARERS and int(constants["THREADS"]) == kernels._NORM_THREADS
+    assert int(constants["TURNS"]) * kernels._NORM_THREADS == kernels._NORM_UNITS
+    launched = []
+    monkeypatch.setattr(kernels, "launch", lambda *found: launched.append(found))
+    table = Mailbox(2).tables(0, (1, 2), 3, 1.0)["norm"]
+    x, weight, order = np.zeros((3, 64), float32), np.ones(64, float16), np.zeros(96, np.int32)
+    for given in (order, None):
+        y = np.zeros((3, 64 if given is None else 96), bfloat16)
+        for is_empty in (False, True):
+            kernels.launch_all_reduce_norm(x, weight, y, table, 2, 1e-5, order=given, is_empty=is_empty)
+    expressions = [f"all_reduce_norm<half, bfloat16, 2, {is_ordered}>" for is_ordered in ("true", "true", "false", "false")]
+    assert [kernel.expression for kernel, *_ in launched] == expressions
+    assert [(grid, block) for _, grid, block, _ in launched] == [((24,), (512,)), ((8,), (512,))] * 2
+    assert [[int(n) for n in values[5:7]] for *_, values in launched] == [[64, 96], [0, 96], [64, 64], [0, 64]]
+    odd = np.zeros(65, float32)[1:]
+    with pytest.raises(ValueError, match="array must start at a multiple of 8 bytes"):
+        kernels.launch_all_reduce_norm(odd, weight, np.zeros(64, float16), table, 2, 1e-5)
+    half = np.zeros(65, float16)[1:]
+    with pytest.raises(ValueError, match="out must start at a multiple of 4 bytes"):
+        kernels.launch_all_reduce_norm(x[0], weight, half, table, 2, 1e-5)
+    kernels.launch_all_reduce_norm(x[0], weight, half, table, 2, 1e-5, order=order[:64])
 
 
 # --- numerics ---------------------------------------------------------------------------------------------------------
@@ -175,11 +201,13 @@ def test_the_reference_adds_in_rank_order_and_rounds_once(dtype):
 
 
 def test_the_norm_reference_is_the_sequence_of_ops():
-    parts = [random(rank, (3, 64), float16) for rank in range(3)]
-    residual, weight = random(8, (3, 64), float32), random(9, (64,), float32)
-    total, normed = all_reduce_norm_reference(parts, residual, weight, 1e-5)
-    assert same_bits(total, add(residual, all_reduce_reference(parts)))
-    assert same_bits(normed.astype(float16), rms_norm(total, weight, eps=1e-5, dtype=float16))
+    parts = [random(rank, (3, 64), float32) for rank in range(3)]
+    weight = random(9, (64,), float16)
+    order = np.concatenate([np.random.default_rng(1).permutation(64), [-1] * 5]).astype(np.int32)
+    for given in (None, order):
+        total, normed = all_reduce_norm_reference(parts, weight, 1e-5, given)
+        assert same_bits(total, all_reduce_reference(parts))
+        assert same_bits(normed.astype(float16), rms_norm(total, weight, eps=1e-5, dtype=float16, order=given))
 
 
 # --- the protocol: every order of events of two ranks -----------------------------------------------------------------
@@ -249,57 +277,50 @@ def test_one_set_of_pieces_is_enough_with_both_flags():
 # --- what every communicator offers -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtypes", [(float16, float32, float32, float16), (bfloat16, bfloat16, float32, float32)], ids=str)
-def test_sum_residual_and_norm_are_the_ops_one_after_the_other(dtypes):
-    part, residual, weight, result = dtypes
+@pytest.mark.parametrize("result", FLOATS, ids=str)
+@pytest.mark.parametrize("is_ordered", [False, True])
+def test_sum_and_norm_are_the_ops_one_after_the_other(result, is_ordered):
     comms = LocalComm.group(3)
-    parts = [random(rank, (2, 96), part) for rank in range(3)]
-    start, weights = random(5, (2, 96), residual), random(6, (96,), weight)
+    parts, weight = [random(rank, (2, 1, 96), float32) for rank in range(3)], random(6, (96,), bfloat16)
+    order = np.append(np.arange(95, -1, -1), -1).astype(np.int32) if is_ordered else None
 
     def work(comm):
-        total = comm.all_reduce(parts[comm.rank])
-        expected = add(start, total)
-        added = start.copy()
-        assert comm.all_reduce_add(parts[comm.rank], added) is added
-        assert same_bits(added, expected)
+        total, array = comm.all_reduce(parts[comm.rank]), parts[comm.rank].copy()
+        expected = rms_norm(total, weight, eps=1e-5, dtype=result, order=order)
+        out = np.full(expected.shape, np.nan, result)
+        assert comm.all_reduce_norm(array, weight, eps=1e-5, dtype=result, order=order, out=out) is out
+        assert same_bits(array, total) and same_bits(out, expected)
         array = parts[comm.rank].copy()
-        added = start.copy()
-        comm.all_reduce_add(array, added, workspace=array)
-        assert same_bits(added, expected) and same_bits(array, total)
-        added, out = start.copy(), np.full((2, 96), np.nan, result)
-        found = comm.all_reduce_norm(parts[comm.rank], added, weights, eps=1e-5, dtype=result, out=out)
-        assert found is out and same_bits(added, expected)
-        assert same_bits(out, rms_norm(expected, weights, eps=1e-5, dtype=result))
-        assert comm.all_reduce_norm(parts[comm.rank], added, weights).dtype == part
+        mine = order if comm.rank else None  # a rank without the product takes part all the same
+        assert same_bits(comm.all_reduce_norm(array, weight, order=mine), rms_norm(total, weight, order=mine))
         return True
 
     assert in_threads([lambda comm=comm: work(comm) for comm in comms]) == [True] * 3
 
 
-def test_sum_and_residual_within_together():
+def test_sum_and_norm_within_together():
     comms = LocalComm.group(2)
-    residuals = [np.zeros(4, float32) for _ in comms]
-    weight = np.ones(4, float32)
+    arrays, weight = [np.ones((1, 4), float32) for _ in comms], np.ones(4, float32)
     with together(comms):
-        found = [c.all_reduce_norm(np.ones(4, float16), r, weight) for c, r in zip(comms, residuals, strict=True)]
-    assert all(np.all(r == 2) for r in residuals) and all(np.allclose(y.astype(float32), 1, rtol=1e-3) for y in found)
+        found = [c.all_reduce_norm(x, weight, dtype=float16) for c, x in zip(comms, arrays, strict=True)]
+    assert all(np.all(x == 2) for x in arrays) and all(np.allclose(y.astype(float32), 1, rtol=1e-3) for y in found)
 
 
 def test_arrays_that_do_not_go_together_are_refused():
     comm = SoloComm()
-    x, residual, weight = np.ones((2, 4), float16), np.ones((2, 4), float32), np.ones(4, float32)
-    with pytest.raises(ValueError, match="residual must have shape"):
-        comm.all_reduce_add(x, residual[:1])
-    with pytest.raises(TypeError, match="residual must have dtype float16"):
-        comm.all_reduce_add(x, residual.astype(np.int32))
-    with pytest.raises(ValueError, match="residual overlaps array"):
-        comm.all_reduce_add(x, x)
+    x, weight, order = np.ones((2, 4), float32), np.ones(4, float32), np.zeros(3, np.int32)
+    with pytest.raises(TypeError, match="array must have dtype float32"):
+        comm.all_reduce_norm(x.astype(float16), weight)
     with pytest.raises(ValueError, match="weight must have shape"):
-        comm.all_reduce_norm(x, residual, weight[:3])
-    with pytest.raises(ValueError, match="out overlaps residual"):
-        comm.all_reduce_norm(x, residual, weight, dtype=float32, out=residual)
-    with pytest.raises(TypeError, match="workspace must have dtype float16"):
-        comm.all_reduce_add(x, residual, workspace=residual)
+        comm.all_reduce_norm(x, weight[:3])
+    with pytest.raises(TypeError, match="order must have dtype int32"):
+        comm.all_reduce_norm(x, weight, order=order.astype(np.int64))
+    with pytest.raises(ValueError, match="out must have shape"):
+        comm.all_reduce_norm(x, weight, order=order, out=np.empty((2, 4), float32))
+    with pytest.raises(ValueError, match="out overlaps array"):
+        comm.all_reduce_norm(x, weight, out=x)
+    with pytest.raises(ValueError, match="array overlaps weight"):
+        comm.all_reduce_norm(x, x[0])
 
 
 # --- NcclComm with and without it -------------------------------------------------------------------------------------
@@ -366,7 +387,14 @@ class Kernels:
         self.ranks, self.launched, self.changed = ranks, [], threading.Condition()
         self.counts, self.arrays, self.wrong = collections.Counter(), collections.defaultdict(dict), False
 
-    def launch(self, x, y, table, ranks, way, *, adds=False, is_empty=False):
+    def launch_norm(self, x, weight, y, table, ranks, eps, *, order=None, is_empty=False):
+        def finish(total, out):
+            out[...] = total
+            y[...] = rms_norm(total, np.asarray(weight), eps=eps, dtype=y.dtype, order=order)
+
+        self.launch(x, x, table, ranks, "norm", is_empty=is_empty, finish=finish)
+
+    def launch(self, x, y, table, ranks, way, *, is_empty=False, finish=None):
         rank = int(table["rank"])
         assert ranks == self.ranks and table["mailboxes"][rank] != 0
         with self.changed:
@@ -375,11 +403,14 @@ class Kernels:
                 return
             waiting = self.arrays[self.counts[rank]]
             self.counts[rank] += 1
-            waiting[rank] = x, y, adds
+            waiting[rank] = x, y, finish
             if len(waiting) == ranks:
                 total = all_reduce_reference([waiting[r][0] for r in range(ranks)])
-                for _, out, does_add in waiting.values():
-                    out[...] = out + total if does_add else total
+                for _, out, finish_one in waiting.values():
+                    if finish_one is not None:
+                        finish_one(np.array(total), out)
+                        continue
+                    out[...] = total
                     out[-1:] += self.wrong
                 waiting.clear()
                 self.changed.notify_all()
@@ -409,10 +440,12 @@ def machine(monkeypatch):
     monkeypatch.setattr(nccl, "nccl", lambda: library)
     monkeypatch.delenv("CUPYQ_TP_PEER", raising=False)
     monkeypatch.setattr(peer, "_ROUND_VALUES", 1000)
+    monkeypatch.setattr(peer, "_arch_number", lambda device: found.get("archs", {}).get(device, 90))
 
-    def start(ranks):
-        found["kernels"] = Kernels(ranks)
+    def start(ranks, archs=()):
+        found["kernels"], found["archs"] = Kernels(ranks), dict(enumerate(archs))
         monkeypatch.setattr(peer, "launch_all_reduce", found["kernels"].launch)
+        monkeypatch.setattr(peer, "launch_all_reduce_norm", found["kernels"].launch_norm)
         return found["kernels"]
 
     yield runtime, start, library, cupy
@@ -435,13 +468,15 @@ def test_a_process_with_several_gpus_uses_peer_memory(machine, capsys, monkeypat
     launches.launched.clear()
     library.calls.clear()
     arrays = [on_device(cupy, comm, np.full(1000, comm.rank + 1, float16)) for comm in comms]
-    residuals = [on_device(cupy, comm, np.ones(1000, float32)) for comm in comms]
+    residuals = [on_device(cupy, comm, np.full((2, 16), comm.rank + 2, float32)) for comm in comms]
+    weights = [on_device(cupy, comm, np.full(16, 3, float32)) for comm in comms]
     with together(comms):
         sums = [comm.all_reduce(array) for comm, array in zip(comms, arrays, strict=True)]
-        for comm, array, residual in zip(comms, arrays, residuals, strict=True):
-            comm.all_reduce_add(array, residual)
+        given = zip(comms, residuals, weights, strict=True)
+        normed = [comm.all_reduce_norm(residual, weight, dtype=float16) for comm, residual, weight in given]
         assert launches.launched == []
-    assert all(np.all(total == 6) for total in sums) and all(np.all(residual == 7) for residual in residuals)
+    assert all(np.all(total == 6) for total in sums) and all(np.all(residual == 9) for residual in residuals)
+    assert all(np.allclose(y.astype(float32), 3, rtol=1e-3) for y in normed)
     # All kernels are loaded before one waits for another, and each rank's first one comes before the second of any.
     empty, real = launches.launched[:6], launches.launched[6:]
     assert all(is_empty for *_, is_empty in empty) and not any(is_empty for *_, is_empty in real)
@@ -510,14 +545,24 @@ def test_without_peer_memory_nccl_does_it_all_and_one_line_says_why(machine, cap
     assert line.startswith("cupyq: all-reduces go through NCCL alone") and reason.get(wrong, "cudaError 2") in line
     assert runtime.blocks == {} and all(comm._peer is None for comm in comms)
     arrays = [on_device(cupy, comm, np.ones(8, float16)) for comm in comms]
-    residuals = [on_device(cupy, comm, np.ones(8, float16)) for comm in comms]
     with together(comms):
         for comm, array in zip(comms, arrays, strict=True):
             comm.all_reduce(array, array)
     assert all(np.all(array == 2) for array in arrays) and len(library.calls) == 2
-    for comm, residual in zip(comms, residuals, strict=True):
-        with pytest.raises(ValueError, match="residual overlaps array"):
-            comm.all_reduce_add(residual, residual)
+    for comm in comms:
+        comm.close()
+
+
+@pytest.mark.parametrize("way", ["group", "join"])
+@pytest.mark.parametrize("archs", [(90, 100), (90, 89)], ids=str)
+def test_norms_go_by_clusters_where_all_gpus_have_them(machine, way, archs):
+    runtime, start, library, cupy = machine
+    start(2, archs)
+    comms = NcclComm.group([0, 1]) if way == "group" else joined(library, 2)
+    assert [comm._peer.have_clusters for comm in comms] == [min(archs) >= 90] * 2
+    assert [comm._peer.fits_norm(16, 4096, float16) for comm in comms] == [min(archs) >= 90] * 2
+    assert not any(comm._peer.fits_norm(17, 4096, float16) for comm in comms)
+    for comm in comms:
         comm.close()
 
 
@@ -642,11 +687,11 @@ def waited(comms):
         comm.wait()
 
 
-def sum_forced(comms, arrays, outs, way, adds=False):
+def sum_forced(comms, arrays, outs, way):
     for is_empty in (True, False):
         for comm, array, out in zip(comms, arrays, outs, strict=True):
             with comm._on_device():
-                comm._peer.all_reduce(array, out, adds=adds, way=way, is_empty=is_empty)
+                comm._peer.all_reduce(array, out, way=way, is_empty=is_empty)
 
 
 @pytest.mark.gpu
@@ -670,13 +715,6 @@ def test_sums_on_gpus(cupy, comms, dtype):
             waited(comms)
             for out in outs:
                 assert same_bits(out.get(), expected), (size, way)
-            residual = random(turn, (size,), float32)
-            totals = [placed(cupy, comm, residual, shift) for comm in comms]
-            arrays = [placed(cupy, comm, values[comm.rank], shift) for comm in comms]
-            sum_forced(comms, arrays, totals, way, adds=True)
-            waited(comms)
-            for total in totals:
-                assert same_bits(total.get(), add(residual, expected)), (size, way)
 
 
 @pytest.mark.gpu
@@ -693,36 +731,155 @@ def test_the_same_bits_on_repeat_and_through_the_communicator(cupy, comms):
         assert all(same_bits(out.get(), expected) for out in outs)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize(
-    "dtypes",
-    [(float16, float32, float32, float16), (bfloat16, float32, float32, bfloat16), (float16,) * 4, (float32,) * 4],
-    ids=str,
-)
-def test_sum_residual_and_norm_on_gpus(cupy, comms, dtypes):
-    part, residual, weight, result = dtypes
-    for rows, dim in ((1, 8192), (3, 4096), (16, 2048), (2, 264), (1, 6144), (2, 4098), (40, 1024), (1, 1)):
-        values = [random((rank, rows), (rows, dim), part) for rank in range(len(comms))]
-        start, weights = random(7, (rows, dim), residual), random(8, (dim,), weight)
-        totals = [placed(cupy, comm, start) for comm in comms]
-        fused = [placed(cupy, comm, start) for comm in comms]
+def order_of(dim, seed):
+    """A permutation of the columns, with some that are none among them and at the end."""
+    mixed = np.random.default_rng(seed).permutation(np.append(np.arange(dim), [-1] * 24))
+    return np.append(mixed, [-1] * 8).astype(np.int32)
+
+
+def check_norm(cupy, comms, rows, dim, result, weight, is_ordered, seed=0, repeats=2):
+    """The kernel, by together(), against the reference; the same bits on all ranks and repeats."""
+    values = [random((rank, seed), (rows, dim), float32, 3.0) for rank in range(len(comms))]
+    scales, order = random(seed, (dim,), weight), order_of(dim, seed) if is_ordered else None
+    total, exact = all_reduce_norm_reference(values, scales, 1e-5, order)
+    weights = [placed(cupy, comm, scales) for comm in comms]
+    orders = [placed(cupy, comm, order) if is_ordered else None for comm in comms]
+    found = set()
+    for _ in range(repeats):
         arrays = [placed(cupy, comm, values[comm.rank]) for comm in comms]
-        scales = [placed(cupy, comm, weights) for comm in comms]
-        outs = [placed(cupy, comm, np.full((rows, dim), np.nan, result)) for comm in comms]
+        outs = [placed(cupy, comm, np.full(exact.shape, np.nan, result)) for comm in comms]
+        assert all(comm._peer.fits_norm(rows, dim, result) for comm in comms)
         with together(comms):
-            for comm, array, total in zip(comms, arrays, totals, strict=True):
-                comm.all_reduce_add(array, total)
-        with together(comms):
-            for comm, *given in zip(comms, arrays, fused, scales, outs, strict=True):
-                array, total, scale, out = given
-                comm.all_reduce_norm(array, total, scale, eps=1e-5, dtype=result, out=out)
+            for comm, array, scale, place, out in zip(comms, arrays, weights, orders, outs, strict=True):
+                comm.all_reduce_norm(array, scale, eps=1e-5, dtype=result, order=place, out=out)
         waited(comms)
-        for comm, total, other, scale, out in zip(comms, totals, fused, scales, outs, strict=True):
-            assert same_bits(total.get(), add(start, all_reduce_reference(values)))
-            assert same_bits(other.get(), total.get())
+        for array, out in zip(arrays, outs, strict=True):
+            assert same_bits(array.get(), total), (rows, dim, is_ordered)
+            found.add(out.get().tobytes())
+    assert len(found) == 1, (rows, dim, is_ordered)
+    normed = np.frombuffer(found.pop(), result).reshape(exact.shape).astype(np.float64)
+    # One rounding to 16 bits, of a value that is a few roundings of float32 from the exact one.
+    rounding = np.abs(exact) * 2.0 ** (-8 if result == bfloat16 else -11) + np.abs(exact) * 2e-6 + 2.0**-25
+    assert (np.abs(normed - exact) <= rounding).all(), (rows, dim, is_ordered)
+    if is_ordered:
+        assert not normed[:, order < 0].any() and (order < 0).sum() == 32
+        if dim > 64:
+            assert not (np.abs(np.roll(normed, 1, axis=1) - exact) <= rounding).all()
+
+
+@pytest.fixture
+def clusters(comms):
+    if not all(comm._peer.have_clusters for comm in comms):
+        pytest.skip("these GPUs have no clusters of thread blocks")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("is_ordered", [False, True])
+@pytest.mark.parametrize("dim", [4096, 8192, 5120, 2880, 16384, 16])
+def test_sum_and_norm_on_gpus(cupy, comms, clusters, dim, is_ordered):
+    for turn, rows in enumerate((1, 2, 5, 16, 1)):
+        result, weight = ((float16, float32), (bfloat16, float32), (float16, float16), (bfloat16, bfloat16))[turn % 4]
+        check_norm(cupy, comms, rows, dim, result, weight, is_ordered, seed=turn)
+
+
+@pytest.mark.gpu
+def test_sum_and_norm_of_what_the_kernel_does_not_take(cupy, comms):
+    """More rows, odd widths, float32 results: all_reduce and rms_norm, the same bits."""
+    for rows, dim, result in ((17, 512, float16), (2, 4098, bfloat16), (1, 1, float16), (3, 64, float32)):
+        values, scales = [random((rank, rows), (rows, dim), float32) for rank in range(len(comms))], random(1, (dim,), float32)
+        arrays, totals = ([placed(cupy, comm, values[comm.rank]) for comm in comms] for _ in range(2))
+        weights, outs = [placed(cupy, comm, scales) for comm in comms], []
+        with together(comms):
+            for comm, array, weight in zip(comms, arrays, weights, strict=True):
+                outs.append(comm.all_reduce_norm(array, weight, eps=1e-5, dtype=result))
+        with together(comms):
+            for comm, total in zip(comms, totals, strict=True):
+                comm.all_reduce(total, total)
+        waited(comms)
+        for comm, array, total, weight, out in zip(comms, arrays, totals, weights, outs, strict=True):
             with comm._on_device():
-                alone = rms_norm(total, scale, eps=1e-5, dtype=result)
-            assert same_bits(out.get(), alone.get()), (rows, dim)
+                expected = rms_norm(total, weight, eps=1e-5, dtype=result)
+            assert same_bits(array.get(), total.get()) and same_bits(out.get(), expected.get()), (rows, dim)
+
+
+@pytest.mark.gpu
+def test_sums_and_norms_in_a_graph(cupy, comms, clusters):
+    """As in a decoder: ordered and not, small and large in turn. Each replay begins with what the one before left."""
+    ranks, shapes = len(comms), ((1, 8192), (2, 64), (1, 2880), (16, 4096), (1, 16))
+    streams, kept = [], []
+    for comm in comms:
+        with comm._on_device():
+            streams.append(cupy.cuda.Stream(non_blocking=True))
+            cases = []
+            for turn, (rows, dim) in enumerate(shapes):
+                order = cupy.asarray(order_of(dim, turn)) if turn % 2 == 0 else None
+                out = cupy.zeros((rows, dim if order is None else order.size), float16)
+                cases.append((cupy.full((rows, dim), comm.rank + 1, float32), cupy.full(dim, 2, float32), order, out))
+            kept.append(cases)
+            cupy.cuda.Device().synchronize()
+
+    def queue():
+        with together(comms):
+            for comm, stream, cases in zip(comms, streams, kept, strict=True):
+                with comm._on_device(), stream:
+                    for array, weight, order, out in cases:
+                        comm.all_reduce_norm(array, weight, eps=0.0, dtype=float16, order=order, out=out)
+        for comm, stream, cases in zip(comms, streams, kept, strict=True):
+            with comm._on_device(), stream:
+                for array, *_ in cases:
+                    cupy.multiply(array, (comm.rank + 1) / sum(range(1, ranks + 1)), out=array)  # the part it began with
+
+    queue()
+    graphs = []
+    for comm, stream in zip(comms, streams, strict=True):
+        with comm._on_device():
+            stream.synchronize()
+            stream.begin_capture()
+    queue()
+    for comm, stream in zip(comms, streams, strict=True):
+        with comm._on_device():
+            graphs.append(stream.end_capture())
+            graphs[-1].upload(stream)
+            stream.synchronize()
+    for _ in range(300):
+        for comm, stream, graph in zip(comms, streams, graphs, strict=True):
+            with comm._on_device():
+                graph.launch(stream)
+    for stream in streams:
+        stream.synchronize()
+    for comm, cases in zip(comms, kept, strict=True):
+        comm.check()
+        for array, _, order, out in cases:
+            assert np.allclose(array.get(), comm.rank + 1, rtol=1e-3)
+            expected = np.full(out.shape, 2.0) if order is None else np.where(order.get() < 0, 0.0, 2.0)
+            assert np.allclose(out.get(), expected, rtol=1e-3), out.shape
+
+
+@pytest.mark.gpu
+def test_a_rank_that_never_comes_to_a_norm(cupy):
+    if gpu_count() < 2:
+        pytest.skip("2 GPUs are needed")
+    comms = NcclComm.group([0, 1])
+    first = comms[0]._peer
+    if not first.have_clusters:
+        pytest.skip("these GPUs have no clusters of thread blocks")
+    array, weight = placed(cupy, comms[0], np.ones((16, 4096), float32)), placed(cupy, comms[0], np.ones(4096, float32))
+    out, order = placed(cupy, comms[0], np.zeros((16, 4096), float16)), placed(cupy, comms[0], np.arange(4096, dtype=np.int32))
+    with comms[0]._on_device():
+        first.all_reduce_norm(array, weight, out, 1e-5, order=order, is_empty=True)
+        cupy.cuda.Device().synchronize()
+        first.wait_for(1)
+        start = time.monotonic()
+        for _ in range(20):  # once one gave up, none waits
+            first.all_reduce_norm(array, weight, out, 1e-5, order=order)
+        with pytest.raises(BackendError, match="waited in vain for rank 1"):
+            while time.monotonic() < start + 20:
+                comms[0].check()
+        cupy.cuda.Device().synchronize()
+        assert time.monotonic() - start < 4
+    for comm in comms:
+        comm._fail("the test is over")
+        comm.close()
 
 
 @pytest.mark.gpu
@@ -787,7 +944,7 @@ def test_epochs_that_begin_again(cupy, comms):
     for start in ((1 << 29) - 3, (1 << 31) - 5):
         for comm in comms:
             with comm._on_device():
-                epochs = np.full(3 * 128, start, np.uint32)
+                epochs = np.full(3 * 128, start, np.uint32)  # of all three kernels
                 runtime = cupy.cuda.runtime
                 runtime.deviceSynchronize()
                 runtime.memcpy(comm._peer.address + 128, epochs.ctypes.data, epochs.nbytes, runtime.memcpyHostToDevice)
@@ -798,6 +955,9 @@ def test_epochs_that_begin_again(cupy, comms):
                 sum_forced(comms, arrays, arrays, way)
                 waited(comms)
                 assert all(same_bits(array.get(), all_reduce_reference(values)) for array in arrays), (start, turn, way)
+        for turn, dim in enumerate([8192, 16, 8192, 64, 4096, 16, 8192, 16384, 16]):
+            if comms[0]._peer.have_clusters:
+                check_norm(cupy, comms, 1 + turn % 3, dim, float16, float32, turn % 2 == 0, seed=turn)
 
 
 @pytest.mark.gpu
@@ -908,12 +1068,14 @@ for turn in range(40):
 with cupy.cuda.Stream(non_blocking=True) as stream:
     array, total = cupy.full(8192, comm.rank, np.float32), cupy.zeros(8192, np.float32)
     cupy.add(total, array, out=total)
-    comm.all_reduce_add(array, total)
+    out = cupy.empty_like(array)
+    comm.all_reduce(array, out)
     comm.wait()
     array.fill(comm.rank); total.fill(0)
     stream.begin_capture()
     for _ in range(10):
-        comm.all_reduce_add(array, total)
+        comm.all_reduce(array, out)
+        cupy.add(total, out, out=total)
         cupy.add(array, 1, out=array)
     graph = stream.end_capture()
     for _ in range(100):

@@ -18,7 +18,7 @@ from cupyq.tp.nccl import NcclComm
 
 SIZES = tuple(4096 << power for power in range(15))
 QUICK_SIZES = (4 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20, 8 << 20)
-NORM_ROWS, NORM_DIM = (1, 4, 16), 8192
+NORM_ROWS, NORM_DIM, NORM_LOOPS = (1, 4, 16), 8192, 50
 _NAMES = ("NCCL us", "1-shot us", "2-shot us", "limit us")
 COLUMNS = f"{'GPUs':>4} {'what':<12} {'bytes':>9} {' '.join(f'{name:>9}' for name in _NAMES)} {'in use':>8} {'GB/s':>6}"
 
@@ -220,43 +220,41 @@ def _size_row(nccl_comms, comms, size, link, start):
 
 
 def _norm_row(nccl_comms, comms, rows, link, start):
-    """Sum, residual and norm, as a decoder's layer needs them: fused, and by NCCL and two kernels."""
+    """Sum and norm, as a decoder's layer needs them: in one launch, and as one of NCCL's and one of rms_norm."""
     cupy, ranks = require_cupy(), len(comms)
-    arrays = [array.reshape(rows, NORM_DIM) for array in _arrays(comms, rows * NORM_DIM)]
-    exact = _sums(ranks, rows * NORM_DIM).reshape(rows, NORM_DIM)
-    given = {}
+    order = np.random.default_rng(1).permutation(NORM_DIM).astype(np.int32)
+    arrays, given = [], {}
     for comm in comms:
         with comm._on_device():
-            residual = cupy.zeros((rows, NORM_DIM), float32)
+            arrays.append(cupy.zeros((rows, NORM_DIM), float32))  # other sums of sums of sums would outgrow float32
             weight = cupy.asarray(np.ones(NORM_DIM, float32))
-            given[comm.rank] = residual, weight, cupy.empty((rows, NORM_DIM), float16), cupy.empty((rows, NORM_DIM), float16)
+            given[comm.rank] = weight, cupy.asarray(order), cupy.empty((rows, NORM_DIM), float16)
 
     def once(comm, array):
-        residual, weight, out, total = given[comm.rank]
-        return comm.all_reduce_norm(array, residual, weight, eps=1e-5, dtype=float16, out=out, workspace=total)
+        weight, order, out = given[comm.rank]
+        return comm.all_reduce_norm(array, weight, eps=1e-5, dtype=float16, order=order, out=out)
 
     size = arrays[0].nbytes
     row = {"family": "tp", "what": "norm", "gpus": ranks, "bytes": size, "rows": rows, "one_shot_us": None, "two_shot_us": None}
-    row["nccl_us"] = _nccl_us(nccl_comms, once, arrays, 50)
+    row["nccl_us"] = _nccl_us(nccl_comms, once, arrays, NORM_LOOPS)
     peers = all(comm._peer is not None for comm in comms)
-    row["one_shot_us"] = _graph_us(comms, once, arrays, 50, at_once=True) if peers else None
-    for comm in comms:
+    row["one_shot_us"] = _graph_us(comms, once, arrays, NORM_LOOPS, at_once=True) if peers else None
+    for comm, array in zip(comms, arrays, strict=True):
         with comm._on_device():
-            given[comm.rank][0].fill(0)
+            array.set(_values(comm.rank, rows * NORM_DIM).astype(float32).reshape(rows, NORM_DIM))
             cupy.cuda.get_current_stream().synchronize()
     with together(comms):
         for comm, array in zip(comms, arrays, strict=True):
             once(comm, array)
+    exact = _sums(ranks, rows * NORM_DIM).astype(float32).reshape(rows, NORM_DIM)
+    expected = rms_norm(exact, np.ones(NORM_DIM, float32), eps=1e-5, order=order)
     row["is_right"] = True
-    for comm in comms:
+    for comm, array in zip(comms, arrays, strict=True):
         comm.wait()
-        residual, weight, out, _ = given[comm.rank]
-        with comm._on_device():
-            alone = rms_norm(residual, weight, eps=1e-5, dtype=float16)
-            row["is_right"] &= np.array_equal(residual.get(), exact.astype(float32))
-            row["is_right"] &= np.array_equal(out.get().view(np.int16), alone.get().view(np.int16))
+        row["is_right"] &= np.array_equal(array.get(), exact)
+        row["is_right"] &= np.allclose(given[comm.rank][2].get(), expected, rtol=2**-10, atol=1e-6)
     row["is_right"] = bool(row["is_right"])
-    row["in_use"] = "one_shot" if peers else "nccl"
+    row["in_use"] = "one_shot" if peers and comms[0]._peer.fits_norm(rows, NORM_DIM, float16) else "nccl"
     row["limit_us"] = start + 2 * (ranks - 1) / ranks * size / link / 1e3
     row["bus_gigabytes_per_s"] = _bus_gigabytes_per_s(row)
     return row

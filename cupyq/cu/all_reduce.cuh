@@ -109,17 +109,6 @@ __device__ __forceinline__ void put(T *y, int64 first, int64 n, Vector<T, count>
     for (int i = 0; i < count; i++)
         if (is_whole || first + i < n) y[first + i] = values[i];
 }
-// y = values or, where `adds`, y += values: rounded to T before, as if they had been stored.
-template <bool is_aligned, bool adds, int count, bool is_whole = false, typename Y, typename T>
-__device__ __forceinline__ void put_sum(Y *y, int64 first, int64 n, Vector<T, count> values) {
-    Vector<Y, count> result;
-    if constexpr (adds) result = take<is_aligned, count, is_whole>((const Y *)y, first, n);
-#pragma unroll
-    for (int i = 0; i < count; i++)
-        result[i] = from_float<Y>(adds ? to_float(result[i]) + to_float(values[i]) : to_float(values[i]));
-    put<is_aligned, count, is_whole>(y, first, n, result);
-}
-
 // A number or a condition that is known when a lambda is compiled.
 template <int number> struct Known {
     static constexpr int value = number;

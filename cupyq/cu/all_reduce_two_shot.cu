@@ -1,18 +1,17 @@
-// all_reduce_two_shot: y[i] = sum over ranks of x[i], or y[i] += that sum: more bytes, between GPUs that can write each other's memory
+// all_reduce_two_shot: y[i] = sum over ranks of x[i]: more bytes, between GPUs that can write each other's memory
 //
 // Work split  in each round a block takes ranks * piece units of 16 bytes. First shot: the r-th piece goes to rank r, which sums it;
 //             second shot: it sends its sum to all. Block b exchanges with the blocks b of the others, 512 threads each.
-// Numerics    fp32 sums in the order of the ranks, one rounding to T: the same bits on every rank. Where `adds`, one addition in
-//             fp32 to y, rounded to Y, as cu/add.cu does.
+// Numerics    fp32 sums in the order of the ranks, one rounding to T: the same bits on every rank.
 // Limits      n the same on all ranks; piece <= capacity; y may be x; up to 8 ranks.
 // Traffic     2 * n * sizeof(T) * (ranks - 1) / ranks bytes sent by NVLink and as many received
 // Reference   cupyq/ops/all_reduce.py: all_reduce_reference. The protocol: all_reduce.cuh
 #include "all_reduce.cuh"
 
-template <typename T, typename Y, int ranks, bool is_aligned, bool adds>
+template <typename T, int ranks, bool is_aligned>
 __global__ void __launch_bounds__(512, 1) all_reduce_two_shot(
     const T *x,                               // [n]
-    Y *y,                                     // [n]
+    T *y,                                     // [n]
     const __grid_constant__ PeerTable peers,  // of its pieces
     int64 n, int piece) {
     constexpr int count = 16 / sizeof(T);
@@ -85,7 +84,7 @@ __global__ void __launch_bounds__(512, 1) all_reduce_two_shot(
                 for (int i = 0; i < count; i++) total[i] = from_float<T>(sums[i]);
 #pragma unroll(ranks <= 4 ? ranks : 1)
                 for (int r = 1; r < ranks; r++) exchange.piece(next(r), 1, peers.rank)[place] = *(uint4 *)&total;
-                put_sum<is_aligned, adds, count, is_whole.value>(y, unit * count, n, total);
+                put<is_aligned, count, is_whole.value>(y, unit * count, n, total);
             });
         exchange.meet(1);
 #pragma unroll 1
@@ -95,7 +94,7 @@ __global__ void __launch_bounds__(512, 1) all_reduce_two_shot(
             auto sums = [&](int64 unit, int place, auto is_whole) { return load_words(inbox + place); };
             each_unit(
                 from, Known<(ranks <= 4 ? 4 : 2)>(), sums, [&](ulonglong2 words, int64 unit, int place, auto is_whole) {
-                    put_sum<is_aligned, adds, count, is_whole.value>(y, unit * count, n, *(Vector<T, count> *)&words);
+                    put<is_aligned, count, is_whole.value>(y, unit * count, n, *(Vector<T, count> *)&words);
                 });
         }
         exchange.epoch++;

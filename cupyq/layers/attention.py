@@ -8,7 +8,6 @@ from cupyq.layers.joined import JoinedLinear, matrices_of
 from cupyq.ops.activation import clamp
 from cupyq.ops.attention import attention
 from cupyq.ops.kv_append import kv_append
-from cupyq.ops.norm import rms_norm
 from cupyq.ops.qkv_append import qkv_append
 from cupyq.ops.qmatmul import qmatmul
 from cupyq.ops.rope import rope
@@ -85,7 +84,7 @@ class Attention:
             q = self._project_and_append(x, step, joined, norm)
         else:
             if norm is not None:
-                x = rms_norm(x, norm.weight, eps=norm.eps, dtype=norm.dtype)
+                x = norm.applied(x)
             q, k, v = self.project(x, step)
             if cache is not None:
                 if cache.is_narrower:

@@ -49,7 +49,7 @@ class ParallelDecoderLayer:
 
 def _add_to(hidden, part, norm, post_norm, dtype):
     """hidden += post_norm(part(norm(hidden))); post_norm may be None."""
-    x, input_norm = hidden, norm.of_product(dtype)
+    x, input_norm = hidden, norm.of_product(hidden, dtype)
     if input_norm is None:
         x = norm(hidden, dtype)
     if post_norm is None:

@@ -4,7 +4,6 @@ import numpy as np
 
 from cupyq.ops.elementwise import add
 from cupyq.ops.matmul import matmul
-from cupyq.ops.norm import rms_norm
 from cupyq.ops.qmatmul import InputNorm, qmatmul
 from cupyq.ops.qmatrix import QMatrix
 
@@ -35,7 +34,7 @@ class Linear:
         before: an InputNorm to be applied to x first, or, if quantized, an InputGate. workspace: that of `qmatmul`.
         """
         if isinstance(before, InputNorm) and (not self.is_quantized or self.is_changed_by(adapters)):
-            x, before = rms_norm(x, before.weight, eps=before.eps, dtype=before.dtype), None
+            x, before = before.applied(x), None
         if self.is_quantized:
             dtype = dtype if residual is None else residual.dtype
             options = dict(before=before, residual=residual, dtype=dtype)

@@ -2,7 +2,6 @@
 
 from cupyq.layers.joined import JoinedLinear, matrices_of
 from cupyq.ops.activation import gelu, gelu_mul, relu, relu_mul, silu, silu_mul
-from cupyq.ops.norm import rms_norm
 from cupyq.ops.qmatmul import InputGate, qmatmul, qmatmul_gated, suits_input_gate
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
@@ -46,7 +45,7 @@ class MLP:
             inner = activate(self.activation, self.up(x, adapters=adapters, before=norm, workspace=workspace))
         else:
             if norm is not None:
-                x = rms_norm(x, norm.weight, eps=norm.eps, dtype=norm.dtype)
+                x = norm.applied(x)
             both = (linear(x, adapters=adapters, workspace=workspace) for linear in (self.gate, self.up))
             inner = activate(self.activation, *both)
         return self.down(inner, adapters=adapters, before=gate, residual=residual, out=residual, workspace=workspace)

@@ -5,7 +5,6 @@ import numpy as np
 from cupyq._arrays import namespace
 from cupyq.layers.mlp import activate
 from cupyq.ops.elementwise import add, add_weighted
-from cupyq.ops.norm import rms_norm
 from cupyq.ops.qmatmul_grouped import qmatmul_grouped, qmatmul_grouped_workspace_size
 from cupyq.ops.qmatrix_group import QMatrixGroup
 from cupyq.ops.routing import combine_rows, group_rows, route
@@ -32,7 +31,7 @@ class MoE:
         allocate their own.
         """
         if norm is not None:
-            x = rms_norm(x, norm.weight, eps=norm.eps, dtype=norm.dtype)
+            x = norm.applied(x)
         rows = x.reshape(-1, x.shape[-1])
         logits = self.router(rows, dtype=np.float32, adapters=adapters)
         weights, chosen = route(logits, self.top_k, renormalize=self.renormalize)

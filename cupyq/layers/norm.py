@@ -18,8 +18,8 @@ class RMSNorm:
         """x [..., dim] -> the same shape, of `dtype` (default: x's); with a residual, the sum of the two, in its dtype."""
         return rms_norm(x, self.weight, eps=self.eps, dtype=dtype, residual=residual, out=out)
 
-    def of_product(self, dtype):
-        """This norm as an InputNorm, for a quantized product to do itself."""
+    def of_product(self, x, dtype):
+        """This norm as an InputNorm, for a quantized product of x to do itself."""
         return InputNorm(self.weight, self.eps, dtype)
 
 
@@ -33,7 +33,7 @@ class LayerNorm:
         """As RMSNorm's."""
         return layer_norm(x, self.weight, self.bias, eps=self.eps, dtype=dtype, residual=residual, out=out)
 
-    def of_product(self, dtype):
+    def of_product(self, x, dtype):
         """None: no product does it."""
 
 

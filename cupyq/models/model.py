@@ -294,7 +294,10 @@ class Model:
         return Step(self.sin, self.cos, positions, cache, kv_lengths, selection, **workspaces)
 
     def hidden(self, ids: Any, step: Step) -> Any:
-        """The residual after the last layer, float32 [batch, seq, hidden_size], of int32 ids [batch, seq] at this step."""
+        """The residual after the last layer, float32 [batch, seq, hidden_size], of int32 ids [batch, seq] at this step.
+
+        Of a model of which others hold parts, it may be one of them still: for `logits`, once.
+        """
         hidden = embedding(ids, self.embedding, scale=self._embedding_scale, dtype=float32)
         if self.places is not None:
             places = step.positions[:, None] + self.xp.arange(ids.shape[1], dtype=np.int32)
@@ -307,7 +310,7 @@ class Model:
         """float32 [batch, seq, vocab_size] of a residual; `last_only`: of its last position."""
         if last_only:
             hidden = self.xp.ascontiguousarray(hidden[:, -1:])
-        norm = self.norm.of_product(self.dtype)
+        norm = self.norm.of_product(hidden, self.dtype)
         x = self.norm(hidden, self.dtype) if norm is None else hidden
         logits = self._joined(self.head(x, dtype=float32, adapters=step.adapters, before=norm, workspace=step.workspace))
         if logits.shape[-1] != self.config.vocab_size:  # quantizers pad the head to a multiple of 32 columns

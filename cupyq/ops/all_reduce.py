@@ -4,15 +4,13 @@
 sound, stands in cu/all_reduce.cuh.
 """
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
 
 from cupyq._arrays import FLOATS, bfloat16, byte_bounds, float16, float32
 from cupyq._kernels import instance, launch
-from cupyq.ops._common import float64
-from cupyq.ops.norm import norm_warps, rms_norm_reference
+from cupyq.ops.norm import rms_norm_reference
 
 MOST_RANKS = 8
 
@@ -37,7 +35,7 @@ GAVE_UP_STOPPED, GAVE_UP_WAITING = 1 << 30, 1 << 29
 _FIRST_PART = 10240  # behind the header: failed, epochs[3][128], flags[2][128][8]
 _LETTER_BYTES = _PIECE_BYTES = 16
 _ONE_SHOT_BLOCKS, _ONE_SHOT_THREADS = 128, 256
-_NORM_ROWS, _NORM_UNITS = 16, 4096
+_NORM_ROWS, _NORM_SHARERS, _NORM_THREADS, _NORM_UNITS = 16, 8, 512, 1024
 _TWO_SHOT_BLOCKS, _TWO_SHOT_THREADS = 64, 512
 _TWO_SHOT_ROUND_BYTES = 4 << 20
 
@@ -69,7 +67,7 @@ class Mailbox:
 
     @property
     def pieces_at(self):
-        return self.norm_at + 2 * _NORM_ROWS * self.ranks * _NORM_UNITS * _LETTER_BYTES
+        return self.norm_at + 2 * _NORM_ROWS * _NORM_SHARERS * self.ranks * _NORM_UNITS * _LETTER_BYTES
 
     @property
     def size(self):
@@ -81,7 +79,7 @@ class Mailbox:
         """{kernel: its PEER_TABLE} for one rank. mailboxes: addresses as its GPU sees them; host: of its two words."""
         parts = {
             "one_shot": (_FIRST_PART, 0, self.one_shot_units, _ONE_SHOT_BLOCKS),
-            "norm": (self.norm_at, 0, _NORM_UNITS, _NORM_ROWS),
+            "norm": (self.norm_at, 0, _NORM_UNITS, _NORM_ROWS * _NORM_SHARERS),
             "two_shot": (0, self.pieces_at, self.piece_units, _TWO_SHOT_BLOCKS),
         }
         addresses = (*mailboxes, *[0] * (MOST_RANKS - self.ranks))
@@ -148,17 +146,10 @@ class TwoShotPlan:
         return cls(blocks, piece, -(-units // (blocks * ranks * piece)))
 
 
-def norm_vector(rows, dim, x, residual, weight, y):
-    """Values in an access of all_reduce_norm for these dtypes, or None where it does not take them.
-
-    That of rms_norm at aligned addresses, and of the two in turn the same bits: by shapes and dtypes alone, so that all
-    ranks agree.
-    """
-    vector = math.gcd(dim, 16 // max(np.dtype(dtype).itemsize for dtype in (residual, weight, y)))
-    itemsize = np.dtype(x).itemsize
-    if not 1 <= rows <= _NORM_ROWS or vector * itemsize % 8 or not 0 < dim * itemsize <= 8 * _NORM_UNITS:
-        return None
-    return vector
+def norm_fits(rows, dim, dtype):
+    """Whether all_reduce_norm takes so many rows of so many columns and makes them `dtype`: by what all ranks know."""
+    step, most = 2 * _NORM_SHARERS, 2 * _NORM_SHARERS * _NORM_UNITS
+    return np.dtype(dtype) in (float16, bfloat16) and 1 <= rows <= _NORM_ROWS and 0 < dim <= most and dim % step == 0
 
 
 def all_reduce_reference(parts):
@@ -170,22 +161,21 @@ def all_reduce_reference(parts):
         return total.astype(parts[0].dtype)
 
 
-def all_reduce_norm_reference(parts, residual, weight, eps):
-    """(residual + the sum, in the residual's dtype; its rms_norm in float64)"""
-    with np.errstate(over="ignore", invalid="ignore"):
-        total = (residual.astype(float32) + all_reduce_reference(parts).astype(float32)).astype(residual.dtype)
-    return total, rms_norm_reference(total, float64(weight), eps)
+def all_reduce_norm_reference(parts, weight, eps, order=None):
+    """(the sum; its rms_norm in float64, with columns in `order` if there is one)"""
+    total = all_reduce_reference(parts)
+    return total, rms_norm_reference(total, weight, eps, order=order)
 
 
 # What a kernel is launched with; `is_empty`: on no values, so that it is loaded before any GPU waits for another. CUDA may stop
 # everything while it loads.
 
 
-def launch_all_reduce(x, y, table, ranks, way, *, adds=False, is_empty=False):
-    """y = the sum over ranks of x, or y += it, by the kernel of `way`; table: that of `Mailbox.tables` for it."""
+def launch_all_reduce(x, y, table, ranks, way, *, is_empty=False):
+    """y = the sum over ranks of x, by the kernel of `way`; table: that of `Mailbox.tables` for it."""
     count = {"one_shot": 8, "two_shot": 16}[way] // x.itemsize
     aligned = all(byte_bounds(array)[0] % (count * array.itemsize) == 0 for array in (x, y))
-    kernel = instance(f"all_reduce_{way}", x.dtype, y.dtype, ranks, aligned, adds)
+    kernel = instance(f"all_reduce_{way}", x.dtype, ranks, aligned)
     n = np.int64(0 if is_empty else x.size)
     if way == "one_shot":
         plan = OneShotPlan.of(x.size, x.itemsize, ranks)
@@ -195,36 +185,23 @@ def launch_all_reduce(x, y, table, ranks, way, *, adds=False, is_empty=False):
         launch(kernel, (1 if is_empty else plan.blocks,), (_TWO_SHOT_THREADS,), (x, y, table, n, np.int32(plan.piece)))
 
 
-def launch_all_reduce_norm(x, residual, weight, y, table, ranks, eps, *, is_empty=False):
-    """residual += the sum over ranks of x, and y = rms_norm of it. ValueError for addresses that its accesses do not take."""
+def launch_all_reduce_norm(x, weight, y, table, ranks, eps, *, order=None, is_empty=False):
+    """x = the sum over ranks of x, float32, and y = rms_norm of it. ValueError for addresses that its accesses do not take."""
     dim = weight.size
-    rows = x.size // dim
-    vector = norm_vector(rows, dim, x.dtype, residual.dtype, weight.dtype, y.dtype)
-    if vector is None:
-        raise ValueError(f"array must have 1 to {_NORM_ROWS} rows that fit a mailbox to be normed at once, got {x.shape}")
-    for name, array in {"array": x, "residual": residual, "weight": weight, "out": y}.items():
-        if byte_bounds(array)[0] % (vector * array.itemsize):
-            raise ValueError(f"{name} must start at a multiple of {vector * array.itemsize} bytes: pass an array of its own")
-    warps = norm_warps(dim)
-    kernel = instance("all_reduce_norm", x.dtype, residual.dtype, weight.dtype, y.dtype, vector, warps, ranks)
-    arguments = (x, residual, weight, y, table, np.int32(0 if is_empty else dim), np.float32(eps))
-    launch(kernel, (1 if is_empty else rows,), (32 * warps,), arguments)
+    pairs = {"array": x, "weight": weight} | ({"out": y} if order is None else {})
+    for name, array in pairs.items():
+        if byte_bounds(array)[0] % (2 * array.itemsize):
+            raise ValueError(f"{name} must start at a multiple of {2 * array.itemsize} bytes: pass an array of its own")
+    kernel = instance("all_reduce_norm", weight.dtype, y.dtype, ranks, order is not None)
+    sizes = (np.int32(0 if is_empty else dim), np.int32(y.shape[-1]), np.float32(eps))
+    rows = 1 if is_empty else x.size // dim
+    launch(kernel, (_NORM_SHARERS * rows,), (_NORM_THREADS,), (x, weight, order, y, table, *sizes))
 
 
 INSTANCES = [
-    *(instance(f"all_reduce_{way}", T, T, 2, True, False) for way in ("one_shot", "two_shot") for T in FLOATS),
-    *(
-        instance(f"all_reduce_{way}", float16, float16, ranks, True, False)
-        for way in ("one_shot", "two_shot")
-        for ranks in (4, 8)
-    ),
-    *(
-        instance(f"all_reduce_{way}", T, float32, 2, True, True)
-        for way in ("one_shot", "two_shot")
-        for T in (float16, bfloat16)
-    ),
-    *(instance(f"all_reduce_{way}", float32, float32, 8, False, True) for way in ("one_shot", "two_shot")),
-    *(instance("all_reduce_norm", T, float32, float32, T, 4, 16, ranks) for T in (float16, bfloat16) for ranks in (2, 4)),
-    instance("all_reduce_norm", float32, float32, float32, float32, 4, 8, 2),
-    instance("all_reduce_norm", float16, float16, float16, float16, 8, 16, 8),
+    *(instance(f"all_reduce_{way}", T, 2, True) for way in ("one_shot", "two_shot") for T in FLOATS),
+    *(instance(f"all_reduce_{way}", float16, ranks, True) for way in ("one_shot", "two_shot") for ranks in (4, 8)),
+    *(instance(f"all_reduce_{way}", float32, 8, False) for way in ("one_shot", "two_shot")),
+    *(instance("all_reduce_norm", float32, T, ranks, True) for T in (float16, bfloat16) for ranks in (2, 4, 8)),
+    *(instance("all_reduce_norm", T, T, 4, False) for T in (float16, bfloat16)),
 ]

@@ -24,7 +24,7 @@ from cupyq.ops.activation import activation_reference, launch_activate
 from cupyq.ops.arrange import launch_arrange_gated, launch_arrange_normed, suits_arrange
 from cupyq.ops.gather_columns import launch_gather_columns
 from cupyq.ops.matmul import fill_rows, multiply_into
-from cupyq.ops.norm import rms_norm, rms_norm_reference
+from cupyq.ops.norm import rms_norm
 from cupyq.ops.qmatmul_config import (
     COUNTERS,
     Problem,
@@ -54,6 +54,10 @@ class InputNorm:
     weight: object  # [k], float16, bfloat16 or float32
     eps: float
     dtype: object  # float16 or bfloat16; on NumPy also float32
+
+    def applied(self, x, order=None):
+        """The normed x, with columns in `order` if there is one. Called once for an x, which other kinds of norm may change."""
+        return rms_norm(x, self.weight, eps=self.eps, dtype=self.dtype, order=order)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,12 +151,10 @@ def _changed_reference(x, before):
     if before is None:
         return x
     if isinstance(before, InputNorm):
-        values, dtype = rms_norm_reference(x, before.weight, before.eps), before.dtype
-    else:
-        gate, up = np.split(x, 2, axis=-1)
-        values, dtype = activation_reference(gate, before.activation) * float64(up), x.dtype
-    y = np.empty(values.shape, dtype)
-    store(y, values)
+        return before.applied(x)
+    gate, up = np.split(x, 2, axis=-1)
+    y = np.empty(gate.shape, x.dtype)
+    store(y, activation_reference(gate, before.activation) * float64(up))
     return y
 
 
@@ -187,7 +189,8 @@ def qmatmul_gated(x, joined, *, activation="silu", before=None, is_ordered=False
 
 
 def qmatmul_gated_reference(x, joined, activation, before=None):
-    gate, up = (qmatmul_reference(x, q, before=before) for q in joined.matrices)
+    x = _changed_reference(x, before)
+    gate, up = (qmatmul_reference(x, q) for q in joined.matrices)
     return activation_reference(gate, activation) * up
 
 
@@ -310,7 +313,7 @@ def _changed(x, q, before, way):
     """(x after what is done `before`, whether it is in stored row order)"""
     if isinstance(before, InputNorm):
         order = q.order if q.shares_order and way != "dequantise" else None
-        return rms_norm(x, before.weight, eps=before.eps, dtype=before.dtype, order=order), order is not None
+        return before.applied(x, order), order is not None
     gate, up = (x[..., columns].copy() for columns in (slice(q.k), slice(q.k, None)))
     launch_activate(GATES[before.activation], gate, up, gate)
     return gate, False

@@ -11,7 +11,6 @@ import numpy as np
 from cupyq._arrays import bfloat16, namespace
 from cupyq.errors import UnsupportedError
 from cupyq.layers import DecoderLayer, Linear, MoE, ParallelDecoderLayer
-from cupyq.ops.norm import rms_norm
 from cupyq.ops.qmatmul import InputNorm
 from cupyq.ops.routing import route
 
@@ -109,7 +108,7 @@ class _Watched(Linear):
 
     def __call__(self, x, out=None, dtype=None, adapters=None, *, before=None, **options):
         if isinstance(before, InputNorm):
-            x, before = rms_norm(x, before.weight, eps=before.eps, dtype=before.dtype), None
+            x, before = before.applied(x), None
         if self._reads is not None:
             self._reads(x)
         y = super().__call__(x, out, dtype, adapters, before=before, **options)

@@ -10,9 +10,9 @@ import math
 import numpy as np
 
 from cupyq._arrays import FLOATS, bfloat16, byte_bounds, check, float16, float32, int32, output, refuse_partial_overlap
+from cupyq._kernels import is_tracing
 from cupyq.errors import BackendError
 from cupyq.ops._common import refuse_overlap
-from cupyq.ops.elementwise import add
 from cupyq.ops.norm import rms_norm
 
 SUMMED = FLOATS
@@ -60,38 +60,26 @@ class Comm:
         self._all_reduce(array, out)
         return out
 
-    def all_reduce_add(self, array, residual, *, workspace=None):
-        """residual += the sum of `array` over all ranks, and return it: `all_reduce`, then `ops.elementwise.add`, bit by bit.
+    def all_reduce_norm(self, array, weight, *, eps=1e-6, dtype=None, order=None, out=None):
+        """Replace `array` by its sum over all ranks; returns rms_norm(array, weight, eps=eps, dtype=dtype, order=order) of it.
 
-        array, residual: float16, bfloat16 or float32 each, of one shape; they share no memory. workspace: like `array`, or
-        `array` itself, which may then hold the sum; None allocates it where it is needed.
+        array: float32 [..., dim], of the same shape on all ranks; weight, eps, dtype, order and out: as `ops.norm.rms_norm`
+        takes them, out apart from the others. dtype, too, is the same on all ranks; order need not be. The sum is that of
+        `all_reduce`. The same bits on every rank and every run; `tp.peer` adds up squares in another order than `rms_norm`.
         """
-        self._check(array, SUMMED)
-        self._check(residual, SUMMED, writes=True, name="residual")
-        check(residual, "residual", shape=array.shape)
-        refuse_overlap(residual, "residual", array=array)
-        self.check()
-        self._all_reduce_add(array, residual, workspace)
-        return residual
-
-    def all_reduce_norm(self, array, residual, weight, *, eps=1e-6, dtype=None, out=None, workspace=None):
-        """residual += the sum of `array` over all ranks; returns rms_norm(residual, weight, eps=eps, dtype=dtype).
-
-        The same bits as `all_reduce_add` and `ops.norm.rms_norm` give one after the other. array, residual [..., dim] and
-        weight [dim]: float16, bfloat16 or float32 each; dtype: of the result, default that of `array`; out: for the result,
-        apart from the others. workspace: see `all_reduce_add`.
-        """
-        self._check(array, SUMMED)
-        self._check(residual, SUMMED, writes=True, name="residual")
+        self._check(array, (float32,), writes=True)
         self._check(weight, SUMMED, name="weight")
-        check(residual, "residual", shape=array.shape)
+        if order is not None:
+            self._check(order, (int32,), name="order")
+            check(order, "order", ndim=1)
         check(weight, "weight", ndim=1, shape=array.shape[-1:])
-        out = self._output(out, array.shape, np.dtype(array.dtype if dtype is None else dtype))
+        count = weight.size if order is None else order.size
+        out = self._output(out, (*array.shape[:-1], count), array.dtype if dtype is None else np.dtype(dtype))
         check(out, "out", dtype=FLOATS)
-        refuse_overlap(residual, "residual", array=array, weight=weight)
-        refuse_overlap(out, "out", array=array, residual=residual, weight=weight)
+        refuse_overlap(array, "array", weight=weight, order=order)
+        refuse_overlap(out, "out", array=array, weight=weight, order=order)
         self.check()
-        self._all_reduce_norm(array, residual, weight, eps, out, workspace)
+        self._all_reduce_norm(array, weight, eps, order, out)
         return out
 
     def all_gather(self, array, out=None, *, axis=None, sizes=None, workspace=None):
@@ -202,14 +190,10 @@ class Comm:
     def _all_reduce(self, array, out):
         raise BackendError(f"{type(self).__name__} cannot all_reduce")
 
-    def _all_reduce_add(self, array, residual, workspace):
-        total = self._output(workspace, array.shape, array.dtype, "workspace")
-        self._all_reduce(array, total)
-        self._follow(lambda: add(residual, total, out=residual))
-
-    def _all_reduce_norm(self, array, residual, weight, eps, out, workspace):
-        self._all_reduce_add(array, residual, workspace)
-        self._follow(lambda: rms_norm(residual, weight, eps=eps, dtype=out.dtype, out=out))
+    def _all_reduce_norm(self, array, weight, eps, order, out):
+        if not is_tracing():
+            self._all_reduce(array, array)
+        self._follow(lambda: rms_norm(array, weight, eps=eps, dtype=out.dtype, order=order, out=out))
 
     def _follow(self, work):
         """Do it on this rank's device and present stream, once what was said before is there."""

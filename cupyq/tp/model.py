@@ -11,7 +11,7 @@ from cupyq.layers import Linear
 from cupyq.layers.lora import LowRank
 from cupyq.models import Model
 from cupyq.tp.comm import Comm
-from cupyq.tp.layers import NoHeads, SummedMoE
+from cupyq.tp.layers import NoHeads, SummedMoE, leave_sums_to_norms
 from cupyq.tp.plan import TPPlan
 
 
@@ -61,6 +61,7 @@ class RankModel(Model):
                 layer.attention = NoHeads(comm)
             if hasattr(layer.mlp, "router"):
                 layer.mlp = SummedMoE(layer.mlp, comm)
+        self.norm = leave_sums_to_norms(self.layers, self.norm, comm)
 
     def _arrays_of(self, projection: str, linear: Linear, pair: LowRank) -> tuple[np.ndarray, np.ndarray]:
         share = self._shares["lm_head" if projection == "lm_head" else f"model.{projection}"]

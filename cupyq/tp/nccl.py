@@ -17,6 +17,7 @@ import weakref
 import numpy as np
 
 from cupyq._arrays import bfloat16, first_line, float16, float32, int32, require_cupy
+from cupyq._kernels import is_tracing
 from cupyq.errors import BackendError
 from cupyq.tp import peer
 from cupyq.tp.comm import STALL_S, Comm, one_line, rank_names
@@ -170,19 +171,15 @@ class NcclComm(Comm):
         kind = self._types[array.dtype]
         self._queue(("allReduce", source, target, array.size, kind, self._nccl.NCCL_SUM))
 
-    def _all_reduce_add(self, array, residual, workspace):
-        if self._peer is None or not self._peer.way_of(array.nbytes):
-            super()._all_reduce_add(array, residual, workspace)
+    def _all_reduce_norm(self, array, weight, eps, order, out):
+        if self._peer is None or not self._peer.fits_norm(array.size // max(1, weight.size), weight.size, out.dtype):
+            super()._all_reduce_norm(array, weight, eps, order, out)
             return
-        work = functools.partial(self._peer.all_reduce, array, residual, adds=True)
-        self._exchange("add", work, array, residual)
-
-    def _all_reduce_norm(self, array, residual, weight, eps, out, workspace):
-        if self._peer is None or not array.size or not self._peer.fits_norm(array, residual, weight, out.dtype):
-            super()._all_reduce_norm(array, residual, weight, eps, out, workspace)
+        work = functools.partial(self._peer.all_reduce_norm, array, weight, out, eps, order=order)
+        if is_tracing():  # it is noted
+            work(is_empty=True)
             return
-        work = functools.partial(self._peer.all_reduce_norm, array, residual, weight, out, eps)
-        self._exchange("norm", work, array, residual, weight, out)
+        self._exchange("norm", work, array, weight, out, *(() if order is None else (order,)))
 
     def _exchange(self, name, launch, *arrays):
         """Queue one kernel that exchanges by peer memory, by launch(is_empty=...). name, arrays: what decides which it is."""

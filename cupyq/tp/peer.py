@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from cupyq import _device
 from cupyq._arrays import first_line, float16, require_cupy
 from cupyq.errors import BackendError
 from cupyq.ops.all_reduce import (
@@ -24,7 +25,7 @@ from cupyq.ops.all_reduce import (
     choose_way,
     launch_all_reduce,
     launch_all_reduce_norm,
-    norm_vector,
+    norm_fits,
 )
 from cupyq.tp.comm import one_line, rank_names
 
@@ -34,7 +35,8 @@ kernel first may be that late."""
 
 _TEST_WAIT_S = 10.0
 _ROUND_VALUES = (4 << 20) // 2  # float16 values beyond which the two-shot kernel goes round again
-_HANDLE_BYTES, _HOST_BYTES, _TEXT_BYTES = 64, 32, 160
+_HANDLE_BYTES, _HOST_BYTES, _ARCH_BYTES, _TEXT_BYTES = 64, 32, 4, 160
+_CLUSTERS_FROM = 90  # the oldest architecture with clusters of thread blocks
 _HOST_ALLOC = 0x01 | 0x02  # cudaHostAllocPortable, cudaHostAllocMapped: every GPU may read and write it
 _ALREADY_ENABLED = 704  # cudaErrorPeerAccessAlreadyEnabled
 # CuPy's errors of the runtime and of the driver are RuntimeErrors.
@@ -52,6 +54,7 @@ class PeerMemory:
         self.rank, self.ranks, self.device = rank, ranks, device
         self.mailbox = Mailbox(ranks)
         self.address = self._host = 0
+        self.have_clusters = False  # whether the GPUs of all ranks do: they agree in what depends on it
         self._opened = []  # addresses of other processes' mailboxes
         self._tables = {}
         self._loaded = set()  # kernels that this GPU has
@@ -104,19 +107,19 @@ class PeerMemory:
         """The kernel that sums so many bytes, or None where NCCL does."""
         return choose_way(size_bytes, self.ranks)
 
-    def fits_norm(self, array, residual, weight, dtype):
-        """Whether `all_reduce_norm` takes such arrays, which depends on their shapes and dtypes alone."""
-        rows = array.size // max(1, weight.size)
-        return norm_vector(rows, weight.size, array.dtype, residual.dtype, weight.dtype, dtype) is not None
+    def fits_norm(self, rows, dim, dtype):
+        """Whether `all_reduce_norm` takes so many float32 rows, to be normed into `dtype`: the same on all ranks."""
+        return self.have_clusters and norm_fits(rows, dim, dtype)
 
-    def all_reduce(self, array, out, *, adds=False, way=None, is_empty=False):
-        """out = the sum of array over the ranks, or with `adds` out += it."""
+    def all_reduce(self, array, out, *, way=None, is_empty=False):
+        """out = the sum of array over the ranks."""
         way = way or self.way_of(array.nbytes)
-        launch_all_reduce(array, out, self._tables[way], self.ranks, way, adds=adds, is_empty=is_empty)
+        launch_all_reduce(array, out, self._tables[way], self.ranks, way, is_empty=is_empty)
 
-    def all_reduce_norm(self, array, residual, weight, out, eps, *, is_empty=False):
-        """residual += the sum of array over the ranks; out = rms_norm of it."""
-        launch_all_reduce_norm(array, residual, weight, out, self._tables["norm"], self.ranks, eps, is_empty=is_empty)
+    def all_reduce_norm(self, array, weight, out, eps, *, order=None, is_empty=False):
+        """array = its sum over the ranks; out = rms_norm of it, its columns in `order` where that is given."""
+        table = self._tables["norm"]
+        launch_all_reduce_norm(array, weight, out, table, self.ranks, eps, order=order, is_empty=is_empty)
 
     def needs_loading(self, kind):
         """Whether a kind of launch is new here; once."""
@@ -173,7 +176,9 @@ def group(comms):
         problem = _enable_access(devices)
         if problem is None:
             memories += [PeerMemory(comm.rank, comm.ranks, comm.device) for comm in comms]
+            oldest = min(map(_arch_number, devices))
             for memory in memories:
+                memory.have_clusters = oldest >= _CLUSTERS_FROM
                 memory.connect([other.address for other in memories], _TEST_WAIT_S)
             problem = _test(memories)
     except _CUDA_ERRORS + (AttributeError, BackendError) as error:
@@ -195,7 +200,7 @@ def join(comm):
     """
     if comm.ranks < 2:
         return None
-    memory, problem, handle = None, None, bytes(_HANDLE_BYTES)
+    memory, problem, handle, arch = None, None, bytes(_HANDLE_BYTES), 0
     try:
         if not _is_wanted(comm.ranks):
             problem = (
@@ -203,11 +208,11 @@ def join(comm):
             )
         else:
             memory = PeerMemory(comm.rank, comm.ranks, comm.device)
-            handle = memory.handle()
+            handle, arch = memory.handle(), _arch_number(comm.device)
     except _CUDA_ERRORS + (AttributeError,) as error:
         problem = first_line(error)
-    cards = _exchange(comm, handle + _host_digest() + _text(problem))
-    problem = _first_problem([card[_HANDLE_BYTES + _HOST_BYTES :] for card in cards])
+    cards = _exchange(comm, handle + _host_digest() + arch.to_bytes(_ARCH_BYTES, "little") + _text(problem))
+    problem = _first_problem([card[-_TEXT_BYTES:] for card in cards])
     if problem is None and len({card[_HANDLE_BYTES : _HANDLE_BYTES + _HOST_BYTES] for card in cards}) > 1:
         problem = "the ranks are on several hosts"
     if problem is None:
@@ -215,12 +220,19 @@ def join(comm):
     if problem is None:
         problem = _agree(comm, lambda: _test([memory]))
     if problem is None:
+        arch_at = _HANDLE_BYTES + _HOST_BYTES
+        archs = [int.from_bytes(card[arch_at : arch_at + _ARCH_BYTES], "little") for card in cards]
+        memory.have_clusters = min(archs) >= _CLUSTERS_FROM
         return memory
     if memory is not None:
         memory.close()
     if comm.rank == 0:
         _announce(problem)
     return None
+
+
+def _arch_number(device):
+    return _device.arch_number(_device.info(device).arch)
 
 
 def _is_wanted(ranks):
