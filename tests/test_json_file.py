@@ -1,4 +1,4 @@
-"""formats/json_file.py: what is read, what is refused and in which words, and what both may cost."""
+"""_json_file.py: what is read, what is refused and in which words, and what both may cost."""
 
 import json
 import os
@@ -7,8 +7,8 @@ import tracemalloc
 
 import pytest
 
+from cupyq._json_file import parse_json, read_bytes, read_json, read_text
 from cupyq.errors import FormatError
-from cupyq.formats.json_file import parse_json, read_bytes, read_json, read_text
 
 
 @pytest.fixture

@@ -560,8 +560,8 @@ def test_norms_go_by_clusters_where_all_gpus_have_them(machine, way, archs):
     start(2, archs)
     comms = NcclComm.group([0, 1]) if way == "group" else joined(library, 2)
     assert [comm._peer.have_clusters for comm in comms] == [min(archs) >= 90] * 2
-    assert [comm._peer.fits_norm(16, 4096, float16) for comm in comms] == [min(archs) >= 90] * 2
-    assert not any(comm._peer.fits_norm(17, 4096, float16) for comm in comms)
+    assert [comm._peer.fits_norm(2, 4096, float16) for comm in comms] == [min(archs) >= 90] * 2
+    assert not any(comm._peer.fits_norm(3, 4096, float16) for comm in comms)
     for comm in comms:
         comm.close()
 
@@ -768,7 +768,8 @@ def check_norm(cupy, comms, rows, dim, result, weight, is_ordered, seed=0, repea
 
 
 @pytest.fixture
-def clusters(comms):
+def clusters(comms, monkeypatch):
+    monkeypatch.setattr(peer, "QUICK_NORM_ROWS", 16)
     if not all(comm._peer.have_clusters for comm in comms):
         pytest.skip("these GPUs have no clusters of thread blocks")
 

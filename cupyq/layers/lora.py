@@ -11,8 +11,8 @@ from typing import Any, NoReturn
 import numpy as np
 
 from cupyq._arrays import bfloat16, float16, float32, namespace
+from cupyq._json_file import read_json
 from cupyq.errors import FormatError, UnsupportedError
-from cupyq.formats.json_file import read_json
 from cupyq.formats.safetensors import SafetensorsFile
 from cupyq.layers.name_pattern import NamePattern
 from cupyq.ops.lora import lora

@@ -14,8 +14,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from cupyq._json_file import read_json, read_text
 from cupyq.errors import BackendError, FormatError
-from cupyq.formats.json_file import read_json, read_text
 
 MAX_CHARACTERS = 256 << 10
 """Of a template: ten times the longest published ones, and some seconds to compile."""

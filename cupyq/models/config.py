@@ -12,8 +12,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from cupyq._json_file import read_json
 from cupyq.errors import FormatError, UnsupportedError
-from cupyq.formats.json_file import read_json
 from cupyq.models.architectures import Architecture, architecture
 from cupyq.models.keys import REQUIRED, Keys
 

@@ -146,6 +146,10 @@ class TwoShotPlan:
         return cls(blocks, piece, -(-units // (blocks * ranks * piece)))
 
 
+QUICK_NORM_ROWS = 2
+"""Rows that all_reduce_norm sums and norms sooner than all_reduce_one_shot and rms_norm do, by docs/measured.md."""
+
+
 def norm_fits(rows, dim, dtype):
     """Whether all_reduce_norm takes so many rows of so many columns and makes them `dtype`: by what all ranks know."""
     step, most = 2 * _NORM_SHARERS, 2 * _NORM_SHARERS * _NORM_UNITS

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from cupyq._json_file import parse_json, read_text
 from cupyq.errors import BackendError, FormatError, UnsupportedError
-from cupyq.formats.json_file import parse_json, read_text
 from cupyq.generate.text import load_tokenizer
 
 _MOST_BYTES = 1 << 30

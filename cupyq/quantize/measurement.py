@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from cupyq._json_file import read_json
 from cupyq.errors import FormatError
-from cupyq.formats.json_file import read_json
 from cupyq.quantize.allocate import allocate
 from cupyq.quantize.gather import mean_square
 from cupyq.quantize.hessian import Hessian

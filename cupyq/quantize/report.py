@@ -11,7 +11,7 @@ from xml.sax.saxutils import escape
 
 import numpy as np
 
-from cupyq.formats.json_file import read_json
+from cupyq._json_file import read_json
 from cupyq.generate.perplexity import perplexity
 from cupyq.models.loader import load_model
 from cupyq.quantize.walk import HEAD

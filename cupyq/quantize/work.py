@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 
+from cupyq._json_file import parse_json, read_json
 from cupyq.errors import FormatError
-from cupyq.formats.json_file import parse_json, read_json
 from cupyq.formats.safetensors import SafetensorsFile
 from cupyq.ops.qmatrix import QMatrix
 from cupyq.ops.reconstruct import reconstruct

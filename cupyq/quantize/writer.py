@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from cupyq._json_file import read_json
 from cupyq.errors import FormatError
-from cupyq.formats.json_file import read_json
 from cupyq.formats.safetensors import Checkpoint, SafetensorsFile
 from cupyq.models.config import ModelConfig
 

@@ -29,8 +29,8 @@ import numpy as np
 
 from cupyq import _device
 from cupyq._arrays import first_line, require_cupy
+from cupyq._json_file import MAX_BYTES, read_bytes
 from cupyq.errors import BackendError, FormatError
-from cupyq.formats.json_file import MAX_BYTES, read_bytes
 from cupyq.tp import nccl
 from cupyq.tp.comm import Comm, one_line, rank_names
 from cupyq.tp.local import LocalComm, SoloComm

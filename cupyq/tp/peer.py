@@ -21,6 +21,7 @@ from cupyq.errors import BackendError
 from cupyq.ops.all_reduce import (
     GAVE_UP_STOPPED,
     MOST_RANKS,
+    QUICK_NORM_ROWS,
     Mailbox,
     choose_way,
     launch_all_reduce,
@@ -108,8 +109,8 @@ class PeerMemory:
         return choose_way(size_bytes, self.ranks)
 
     def fits_norm(self, rows, dim, dtype):
-        """Whether `all_reduce_norm` takes so many float32 rows, to be normed into `dtype`: the same on all ranks."""
-        return self.have_clusters and norm_fits(rows, dim, dtype)
+        """Whether `all_reduce_norm` had best do so many float32 rows, to be normed into `dtype`: the same on all ranks."""
+        return self.have_clusters and rows <= QUICK_NORM_ROWS and norm_fits(rows, dim, dtype)
 
     def all_reduce(self, array, out, *, way=None, is_empty=False):
         """out = the sum of array over the ranks."""
