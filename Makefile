@@ -5,6 +5,8 @@
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 JOBS ?= 2
+# Processes that share the GPU in `make gpu`; each takes a gigabyte or two of its memory.
+GPU_JOBS ?= 4
 
 # A stamp's name holds a checksum of what an installation depends on: while that is unchanged, pip is not called.
 KEY := $(shell { cat pyproject.toml; pwd; } | cksum | tr ' \t' '--')
@@ -57,7 +59,7 @@ docs: $(DOCS_STAMP)
 	@echo 'open site/index.html'
 
 gpu:
-	$(GPU_PYTHON) -m pytest -q -m gpu --require-gpu --gpu-receipt tests/gpu_receipt.json
+	OPENBLAS_NUM_THREADS=1 $(GPU_PYTHON) -m pytest -q -n $(GPU_JOBS) --dist worksteal -m gpu --require-gpu --gpu-receipt tests/gpu_receipt.json
 
 # The plain run first: it fills the kernel cache, so that the sanitizer watches kernels and not the compiler.
 sanitize:

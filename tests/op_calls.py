@@ -735,6 +735,8 @@ def _bytes_of(root, shape, dtype, first, strides):
 
 
 TOLERANCE = {float16: 4e-3, bfloat16: 3e-2, float32: 1e-4}
+PRODUCT_TOLERANCE = TOLERANCE | {float32: 1e-3}
+"""A kernel scales the sum of a group, NumPy its weights: 3e-4 apart, norm-wise, whatever the result is rounded to."""
 
 
 def compare(callee, results, expected, call, copies):
@@ -757,8 +759,9 @@ def compare(callee, results, expected, call, copies):
             assert same or (not is_exact and callee.name == "qkv_append"), f"{what} differs from that of plain copies"
         else:
             a, b = found.astype(np.float64), wanted.astype(np.float64)
-            limit = TOLERANCE[wanted.dtype] * max(1.0, np.abs(b[np.isfinite(b)]).max(initial=0))
-            assert np.allclose(a, b, rtol=TOLERANCE[wanted.dtype], atol=limit, equal_nan=True), f"{what} differs from NumPy's"
+            bound = (PRODUCT_TOLERANCE if callee.name.startswith("qmatmul") else TOLERANCE)[wanted.dtype]
+            limit = bound * max(1.0, np.abs(b[np.isfinite(b)]).max(initial=0))
+            assert np.allclose(a, b, rtol=bound, atol=limit, equal_nan=True), f"{what} differs from NumPy's"
 
 
 def _flat(results):

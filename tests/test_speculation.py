@@ -259,12 +259,34 @@ def test_errors():
 # --- on the GPU -------------------------------------------------------------------------------------------------------
 
 
+def test_a_draft_model_reads_the_same_arrays_at_every_step(monkeypatch):
+    """What was captured as a graph knows no others."""
+    generator, seen = small_generator(tiny_model(), draft=ModelDraft(tiny_model(layers=1), 3)), set()
+    draft, verified = generator._engines[1], []
+    monkeypatch.setattr(draft, "decode", recorded(draft.decode, lambda rows, *_: seen.add((id(rows.ids), id(rows.lengths)))))
+    monkeypatch.setattr(
+        generator._engine, "verify", recorded(generator._engine.verify, lambda fed, *_: verified.append(fed.shape))
+    )
+    for length in (3, 9):
+        generator.add(Job([*range(length)], max_new_tokens=12, settings=GREEDY, stop_tokens=[]))
+    run_all(generator)
+    assert len(seen) == 1 and len(verified) > 3
+
+
+def recorded(function, note):
+    def noting(*arguments):
+        note(*arguments)
+        return function(*arguments)
+
+    return noting
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["ngram", "model"])
+@pytest.mark.parametrize("name", ["ngram", "model", "itself"])
 def test_guesses_on_the_gpu(name, cupy):
     """Verified in passes of other sizes, whose products may round otherwise: the same texts but for near ties."""
     model = gpu_model()
-    draft = NGramDraft(4) if name == "ngram" else ModelDraft(gpu_model("2.5"), 4)
+    draft = NGramDraft(4) if name == "ngram" else ModelDraft(gpu_model("2.5" if name == "model" else "4.0"), 4)
 
     def jobs_of(draft, kinds):
         rng = np.random.default_rng(31)
@@ -276,6 +298,7 @@ def test_guesses_on_the_gpu(name, cupy):
     found = jobs_of(draft, [GREEDY] * 3)
     for job, other in zip(found, jobs_of(None, [GREEDY] * 3), strict=True):
         assert same_but_for_a_near_tie(model, job.prompt, job.tokens, other.tokens)
-    assert sum(job.accepted_drafts for job in found) > 0
+    accepted, refused = (sum(getattr(job, f"{what}_drafts") for job in found) for what in ("accepted", "refused"))
+    assert accepted > {"ngram": 0.2, "model": 0.6, "itself": 0.9}[name] * (accepted + refused)
     kinds = [SAMPLED, PENALISED, EVERYTHING]
     assert [job.tokens for job in jobs_of(draft, kinds)] == [job.tokens for job in jobs_of(draft, kinds)]

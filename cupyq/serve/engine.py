@@ -162,7 +162,8 @@ class Engine:
         with self.stepping():
             self._upload_table()
         with self.queue.entered():
-            key = (size, new)
+            # A graph reads the arrays that it was captured with.
+            key = (size, new, *(array.data.ptr for array in arrays)) if self._uses_graphs else None
             if selection is None and key in self._graphs:
                 graph, logits = self._graphs[key]
                 graph.launch()

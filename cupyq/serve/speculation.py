@@ -101,6 +101,10 @@ class Speculation:
 
     def __init__(self, draft: NGramDraft | ModelDraft, engines: Sequence[Engine]):
         self._draft, self._engines = draft, engines
+        if isinstance(draft, ModelDraft):
+            engine = engines[1]
+            with engine.stepping():  # the same arrays at every step: a captured pass reads them
+                self._rows = Rows(engine.xp, engine.model.config.vocab_size, engine.batch)
 
     def guesses(self, runs: Sequence[Running]) -> dict[Running, list[int]]:
         """What may follow each text; runs: those of the first rows."""
@@ -114,10 +118,9 @@ class Speculation:
             return {run: self._draft.guess(run.tokens, run.index)[: most[run]] for run in runs}
         engine = self._engines[1]
         with engine.stepping():
-            rows = Rows(engine.xp, engine.model.config.vocab_size, engine.batch)
-            rows.put_all([dataclasses.replace(run.state(), history=()) for run in runs])
-            rows.configure([dataclasses.replace(run.row_settings, settings=_forgetful(run.job.settings)) for run in runs])
-        drawn = self._draft.guess(engine, rows, len(runs), max(most.values()))
+            self._rows.put_all([dataclasses.replace(run.state(), history=()) for run in runs])
+            self._rows.configure([dataclasses.replace(run.row_settings, settings=_forgetful(run.job.settings)) for run in runs])
+        drawn = self._draft.guess(engine, self._rows, len(runs), max(most.values()))
         guesses = {}
         for row, run in enumerate(runs):
             tokens = drawn[row, : most[run]].tolist()
