@@ -1,8 +1,7 @@
 """Kernels of an LLM inference engine for quantized weights, as one pure-Python package."""
 
+from cupyq._version import VERSION as __version__
 from cupyq.errors import BackendError, CupyqError, FormatError, UnsupportedError
-
-__version__ = "0.1.0"
 
 __all__ = [
     "BackendError",

@@ -12,6 +12,7 @@ import os
 import sys
 
 from cupyq._arguments import adapter, number_list, token_list, whole
+from cupyq._version import VERSION
 from cupyq.bench import arguments as bench_arguments
 from cupyq.quantize import arguments as quantize_arguments
 
@@ -178,7 +179,7 @@ def main(argv=None):
                 stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 must not end a generation
         arguments = build_parser().parse_args(argv)
         if arguments.version:
-            print(f"cupyq {_version()}")
+            print(f"cupyq {VERSION}")
             return 0
         if arguments.command is None:
             build_parser().print_help()
@@ -226,18 +227,6 @@ def _is_own(error):
     from cupyq.errors import CupyqError
 
     return isinstance(error, CupyqError)
-
-
-def _version():
-    import importlib.metadata
-
-    import cupyq
-
-    own = getattr(cupyq, "__version__", None)  # absent in a source tree that was not installed
-    try:
-        return own or importlib.metadata.version("cupyq")
-    except importlib.metadata.PackageNotFoundError:
-        return "(version unknown: not installed)"
 
 
 # --- commands: arguments -> (JSON object, exit code) ------------------------------------------------------------------

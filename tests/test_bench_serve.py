@@ -63,6 +63,13 @@ def test_what_cannot_be_measured(capsys, options, message):
     assert message in capsys.readouterr().err
 
 
+def test_texts_that_end_with_their_first_step(capsys):
+    """Of 15 right guesses and the token behind them nothing is left to be measured."""
+    options = ("--model", MODEL, "--draft", MODEL, "--guesses", 15, "--new", 16, "--concurrent", 1, "--prompt", 8)
+    assert main(["bench", "serve", "--backend", "numpy", *map(str, options)]) == 2
+    assert "--new: every job got all its tokens in the step of its first one" in capsys.readouterr().err
+
+
 @pytest.mark.gpu
 def test_rows_on_a_gpu(capsys):
     options = ("--model", MODEL, "--concurrent", "1,4", "--prompt", 40, "--new", 32)

@@ -47,6 +47,7 @@ KERNELS = PACKAGE / "cu"
 LAYERS = {
     "errors": 0,
     "_arguments": 0,
+    "_version": 0,
     "_json_file": 1,
     "_arrays": 1,
     "_device": 1,

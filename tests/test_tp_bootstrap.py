@@ -541,7 +541,7 @@ def test_ranks_with_different_models_do_not_start(launch, fact):
 
 def test_ranks_of_different_versions_do_not_start(launch):
     port = free_ports()
-    other = "import cupyq\ncupyq.__version__ = '9.9'\n" + RANK
+    other = "import cupyq._version\ncupyq._version.VERSION = '9.9'\n" + RANK
     processes = [launch(by_torchrun(rank, 2, port), script=other if rank == 1 else RANK) for rank in range(2)]
     for process in processes:
         assert "rank 1 of 2 differ in cupyq version: '9.9', the others have" in hear(process)["error"]

@@ -48,6 +48,13 @@ def stand_in(monkeypatch):
     return library
 
 
+def test_a_group_of_one_works_on_the_gpu_it_was_given(stand_in):
+    with SoloComm(stand_in.xp, 3)._on_device():
+        assert stand_in.current_device() == 3
+    with SoloComm()._on_device():
+        assert stand_in.current_device() == 0
+
+
 def put(comm, array):
     """The array as one of the communicator's, contiguous and its own."""
     copy = np.array(array, order="C")

@@ -17,6 +17,7 @@ import json
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -207,6 +208,7 @@ def worker(arguments):
         else:
             run.run(60 * arguments.minutes)
             note()
+    shutil.rmtree(run.scratch)  # where a case ended this process, its folder is left
 
 
 def replay(arguments):

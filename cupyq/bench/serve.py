@@ -137,6 +137,8 @@ def _round(generator, model, jobs):
         if decoding is None and len(first) == len(jobs):
             decoding = now, sum(len(job.tokens) for job in jobs), generator.steps, generator.waited_seconds
     end = time.perf_counter()
+    if decoding[2] == generator.steps:
+        raise ValueError("--new: every job got all its tokens in the step of its first one: ask for more of them")
     began, tokens, steps, waited = decoding
     tokens, steps = sum(len(job.tokens) for job in jobs) - tokens, generator.steps - steps
     accepted, refused = sum(job.accepted_drafts for job in jobs), sum(job.refused_drafts for job in jobs)

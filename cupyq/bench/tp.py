@@ -238,7 +238,9 @@ def _norm_row(nccl_comms, comms, rows, link, start):
     row = {"family": "tp", "what": "norm", "gpus": ranks, "bytes": size, "rows": rows, "one_shot_us": None, "two_shot_us": None}
     row["nccl_us"] = _nccl_us(nccl_comms, once, arrays, NORM_LOOPS)
     peers = all(comm._peer is not None for comm in comms)
-    row["one_shot_us"] = _graph_us(comms, once, arrays, NORM_LOOPS, at_once=True) if peers else None
+    way = comms[0]._peer.way_of(size) if peers else "nccl"  # of the sum, with the norm in its kernel or behind it
+    if peers:
+        row[f"{way}_us"] = _graph_us(comms, once, arrays, NORM_LOOPS, at_once=True)
     for comm, array in zip(comms, arrays, strict=True):
         with comm._on_device():
             array.set(_values(comm.rank, rows * NORM_DIM).astype(float32).reshape(rows, NORM_DIM))
@@ -254,7 +256,7 @@ def _norm_row(nccl_comms, comms, rows, link, start):
         row["is_right"] &= np.array_equal(array.get(), exact)
         row["is_right"] &= np.allclose(given[comm.rank][2].get(), expected, rtol=2**-10, atol=1e-6)
     row["is_right"] = bool(row["is_right"])
-    row["in_use"] = "one_shot" if peers else "nccl"  # the sum, with the norm in its kernel or behind it
+    row["in_use"] = way
     row["limit_us"] = start + 2 * (ranks - 1) / ranks * size / link / 1e3
     row["bus_gigabytes_per_s"] = _bus_gigabytes_per_s(row)
     return row

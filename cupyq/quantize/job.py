@@ -20,12 +20,13 @@ from typing import Any
 
 import numpy as np
 
+from cupyq._version import VERSION
 from cupyq.formats.safetensors import Checkpoint
 from cupyq.models.config import ModelConfig
 from cupyq.quantize import choice, quantization, writer
 from cupyq.quantize.layouts import MENU, Layout
 from cupyq.quantize.measurement import Measurement
-from cupyq.quantize.plan import Plan, version
+from cupyq.quantize.plan import Plan
 from cupyq.quantize.report import Comparison, LinearReport, bits_per_weight, compare, read_report, summary, write_report
 from cupyq.quantize.request import Request
 from cupyq.quantize.walk import LayerWalk
@@ -204,9 +205,9 @@ def _config(plan: Plan) -> dict[str, Any]:
     """`quantization_config`."""
     request, settings = plan.request, plan.settings
     if request.is_gptq:
-        return writer.gptq_config(version(), int(request.bits), request.group_size, request.is_symmetric, request.act_order)
+        return writer.gptq_config(VERSION, int(request.bits), request.group_size, request.is_symmetric, request.act_order)
     calibration = {"rows": settings["rows"], "length": settings["length"], "dataset": settings["calibration_sha256"]}
-    return writer.exl2_config(version(), request.bits, request.head_bits, calibration)
+    return writer.exl2_config(VERSION, request.bits, request.head_bits, calibration)
 
 
 def _compare(plan: Plan, windows: np.ndarray, text: str) -> Comparison:

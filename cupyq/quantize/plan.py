@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import importlib.metadata
 import json
 import math
 from collections.abc import Callable
@@ -13,6 +12,7 @@ import numpy as np
 
 from cupyq import _device
 from cupyq._progress import bar
+from cupyq._version import VERSION
 from cupyq.errors import FormatError
 from cupyq.formats.safetensors import Checkpoint
 from cupyq.models.names import RenamedCheckpoint, renamed
@@ -137,7 +137,7 @@ class Plan:
         with self.bar(self.checkpoint.total_bytes(self.stored), "checking") as advance:
             source_sha256 = writer.scan_weights(self.checkpoint, self.stored, advance)
         return self.request.settings | {
-            "cupyq": version(),
+            "cupyq": VERSION,
             "rows": len(self.ids),
             "length": self.ids.shape[1],
             "calibration_sha256": _sha256(self.ids),
@@ -218,11 +218,3 @@ class Plan:
 
 def _sha256(array: np.ndarray) -> str:
     return hashlib.sha256(json.dumps([str(array.dtype), list(array.shape)]).encode() + array.tobytes()).hexdigest()
-
-
-def version() -> str:
-    """Of cupyq."""
-    try:
-        return importlib.metadata.version("cupyq")
-    except importlib.metadata.PackageNotFoundError:  # a source tree that was not installed
-        return "0"

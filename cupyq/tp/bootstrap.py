@@ -18,7 +18,6 @@ import importlib.util
 import ipaddress
 import os
 import socket
-import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -27,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from cupyq import _device
+from cupyq import _device, _version
 from cupyq._arrays import first_line, require_cupy
 from cupyq._json_file import MAX_BYTES, read_bytes
 from cupyq.errors import BackendError, FormatError
@@ -103,7 +102,7 @@ def connect(ranks=None, timeout=60.0, *, backend="auto", same=None):
         return _alone(backend)
     comm = _join(place, backend, timeout)
     try:
-        check_same(comm, {"cupyq version": _version(), **(same or {})})
+        check_same(comm, {"cupyq version": _version.VERSION, **(same or {})})
     except BaseException as error:
         comm.abort(error)
         comm.close()
@@ -277,10 +276,6 @@ def _number(environ, name, low, end=None):
 # --- joining ----------------------------------------------------------------------------------------------------------
 
 _connections: Counter[str] = Counter()  # of this process, by job: ranks connect in the same order, so the count is shared
-
-
-def _version():
-    return sys.modules["cupyq"].__version__  # that module hands out names of all layers: this one may not import it
 
 
 def _alone(backend) -> Comm:

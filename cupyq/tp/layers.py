@@ -19,7 +19,8 @@ from cupyq.ops.qmatmul import InputNorm
 from cupyq.tp.comm import Comm
 
 SUMMED_ROWS = 16
-"""Up to so many rows sum and norm are one launch. For more, products arrange the normed rows themselves."""
+"""Up to so many rows a norm is left to sum, in one launch where `tp.peer` finds that quicker. For more, products arrange the
+normed rows themselves."""
 
 
 def summed(comm, y):
