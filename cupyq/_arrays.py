@@ -31,15 +31,25 @@ def require_cupy():
     """The `cupy` module, or a BackendError that says how to get it."""
     try:
         import cupy
-    except ImportError as error:
-        raise BackendError(
-            f"CuPy cannot be imported ({first_line(error)}); install it with `pip install 'cupyq[cuda12]'` or `'cupyq[cuda13]'`"
-        ) from None
+
+        if not hasattr(cupy, "ndarray"):  # Python imports a folder without files as well, such as an uninstalled CuPy left
+            raise ImportError(f"nothing is in {', '.join(getattr(cupy, '__path__', ['it']))}")
     except OSError as error:  # CuPy creates a folder below HOME when it is imported
         raise BackendError(
             f"CuPy cannot be imported ({first_line(error)}); if HOME is not writable, set CUPY_CACHE_DIR to a folder that is"
         ) from None
+    except Exception as error:
+        if is_absence(error):
+            mend = "install it with `pip install 'cupyq[cuda12]'` or `'cupyq[cuda13]'`"
+        else:  # an installation that is broken raises whatever its remains run into
+            mend = "`cupyq doctor` says what mends it"
+        raise BackendError(f"CuPy cannot be imported ({first_line(error)}); {mend}") from None
     return cupy
+
+
+def is_absence(error):
+    """Whether importing CuPy failed with this because it is not installed, rather than broken."""
+    return isinstance(error, ModuleNotFoundError) and error.name == "cupy"
 
 
 def first_line(error):
@@ -50,8 +60,7 @@ def first_line(error):
 
 def is_cupy(array):
     """True for CuPy arrays. Does not import CuPy: where nobody has imported it, no array can be CuPy's."""
-    cupy = sys.modules.get("cupy")
-    return cupy is not None and isinstance(array, cupy.ndarray)
+    return isinstance(array, getattr(sys.modules.get("cupy"), "ndarray", ()))
 
 
 def namespace(**arrays):
@@ -62,7 +71,7 @@ def namespace(**arrays):
     """
     xp = first = device = None
     cupy: Any = sys.modules.get("cupy")
-    cupy_array = () if cupy is None else cupy.ndarray
+    cupy_array = getattr(cupy, "ndarray", ())
     for name, array in arrays.items():
         if array is None:
             continue

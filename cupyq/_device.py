@@ -1,9 +1,10 @@
 """What the current GPU is: its architecture, size and limits."""
 
 import functools
+import warnings
 from dataclasses import dataclass
 
-from cupyq._arrays import require_cupy
+from cupyq._arrays import is_absence, require_cupy
 from cupyq.errors import BackendError
 
 TARGET_ARCHS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120")
@@ -43,9 +44,16 @@ def shared_bytes_limit(arch):
 
 
 def count():
-    """Number of usable GPUs: 0 without CuPy, driver or device, never an error."""
+    """Number of usable GPUs: 0 without CuPy, driver or device, never an error; a CuPy that is broken is warned of."""
     try:
-        return require_cupy().cuda.runtime.getDeviceCount()
+        cupy = require_cupy()
+    except BackendError as error:
+        # Otherwise a machine with a GPU would compute with NumPy without a word, where HOME is read-only, say.
+        if not is_absence(error.__context__):
+            warnings.warn(f"{error}; without it, NumPy computes", stacklevel=2)
+        return 0
+    try:
+        return cupy.cuda.runtime.getDeviceCount()
     except Exception:
         # CuPy raises its own error types here (no driver, driver too old, no device): all mean the same, no GPU.
         return 0

@@ -86,7 +86,12 @@ def cache_folder():
     """Where compiled kernels live: $CUPYQ_CACHE_DIR, else $XDG_CACHE_HOME/cupyq, else ~/.cache/cupyq."""
     if folder := os.environ.get("CUPYQ_CACHE_DIR"):
         return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "cupyq"
+    if folder := os.environ.get("XDG_CACHE_HOME"):
+        return Path(folder) / "cupyq"
+    try:
+        return Path("~/.cache/cupyq").expanduser()
+    except RuntimeError:  # a user of a container that /etc/passwd does not know
+        raise BackendError("no home folder to keep compiled kernels in; set CUPYQ_CACHE_DIR to a writable folder") from None
 
 
 def _target(arch):

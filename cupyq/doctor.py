@@ -156,6 +156,8 @@ def _installed_cuda():
 
 
 def _cupy():
+    from cupyq._arrays import is_absence
+
     wheels = _cupy_wheels()
     listed = ", ".join(f"{name} {version}" for name, version in sorted(wheels.items()))
     if len(wheels) > 1:
@@ -164,15 +166,23 @@ def _cupy():
         return Check("cupy", False, f"several at once: {listed}", mend)
     try:
         import cupy
-    except ImportError as error:
-        if not wheels:
-            return Check("cupy", False, "not installed", _extra(_wanted_cuda()))
-        mend = f"pip install --force-reinstall {next(iter(wheels))}"
-        return Check("cupy", False, f"{listed} cannot be imported ({_one_line(error)})", mend)
+
+        if not hasattr(cupy, "ndarray"):
+            raise ImportError("a folder with nothing of CuPy in it")
     except OSError as error:
         return Check(
             "cupy", False, f"cannot be imported ({_one_line(error)})", "set CUPY_CACHE_DIR to a folder that is writable"
         )
+    except Exception as error:  # an installation that is broken raises whatever its remains run into
+        if wheels:
+            mend = f"pip install --force-reinstall {next(iter(wheels))}"
+            return Check("cupy", False, f"{listed} cannot be imported ({_one_line(error)})", mend)
+        if is_absence(error):
+            return Check("cupy", False, "not installed", _extra(_wanted_cuda()))
+        spec = importlib.util.find_spec("cupy")
+        where = spec.origin or ", ".join(spec.submodule_search_locations)
+        mend = f"remove or rename it, then {_extra(_wanted_cuda())}"
+        return Check("cupy", False, f"{where} cannot be imported ({_one_line(error)})", mend)
     return Check("cupy", True, listed or f"{cupy.__version__} (built from source)")
 
 
@@ -269,7 +279,7 @@ def _nvrtc():
         major, minor = nvrtc.getVersion()
     except Exception as error:
         try:
-            import cupy  # noqa: F401
+            import cupy.cuda  # noqa: F401
         except Exception:
             return Check("nvrtc", False, "not checked: it is reached through CuPy", "mend cupy first")
         return Check("nvrtc", False, f"cannot be loaded ({_one_line(error)})", _extra(_installed_cuda()))

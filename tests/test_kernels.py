@@ -204,6 +204,48 @@ def test_a_home_that_cannot_be_written_is_explained(tmp_path):
     assert len(lines) == 1 and lines[0].startswith("BackendError")
 
 
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("raise ImportError('libcublas.so.12: no such file')", "libcublas.so.12: no such file"),
+        ("import numpy\nnumpy.what_went_away", "no attribute 'what_went_away'"),
+        ("raise RuntimeError('two\\nlines')", "two"),
+        ("", "nothing is in "),  # as in a folder that uninstalling left, which is imported all the same
+    ],
+)
+def test_a_broken_cupy_is_reported_and_numpy_computes(tmp_path, text, reason):
+    (tmp_path / "cupy").mkdir()
+    (tmp_path / "cupy" / "__init__.py").write_text(text)
+    path = f"{tmp_path}{os.pathsep}{ROOT}"
+    (line,) = run_without("nothing", CATCH, PYTHONPATH=path).splitlines()
+    assert line.startswith("BackendError CuPy cannot be imported (") and reason in line and "`cupyq doctor`" in line
+    # Nobody learns otherwise that a GPU is left unused: counted twice, said once.
+    counted = "import warnings\nwith warnings.catch_warnings(record=True) as said:\n    warnings.simplefilter('default')\n"
+    counted += "    for _ in range(2): count = _device.count()\nprint(count, len(said), said[0].message)"
+    line = run_without("nothing", counted, PYTHONPATH=path)
+    assert line.startswith("0 1 CuPy cannot be imported (") and line.endswith("NumPy computes\n")
+    ops = "import numpy as np, cupyq\n_device.count()\nones = np.ones((1, 8), np.float32)\n"
+    ops += "print(cupyq.ops.rms_norm(ones, ones[0]).sum() > 7.9, _arrays.is_cupy(ones))"
+    assert run_without("nothing", ops, PYTHONPATH=path) == "True False\n"
+    doctor = (
+        "from cupyq import doctor\nprint(*(check['found'] for check in doctor.diagnose()['checks'] if check['name'] == 'cupy'))"
+    )
+    found = run_without("nothing", f"{doctor}\nprint(doctor._cupy().mend)", PYTHONPATH=path)
+    assert "cannot be imported (" in found and "pip install" in found
+
+
+def test_a_user_without_a_home_is_told_where_kernels_may_go(monkeypatch):
+    for name in ("HOME", "XDG_CACHE_HOME", "CUPYQ_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+
+    def nobody(user):
+        raise KeyError(user)
+
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    with pytest.raises(BackendError, match="no home folder .* set CUPYQ_CACHE_DIR"):
+        _kernels.cache_folder()
+
+
 def test_the_first_line_of_an_error_says_something():
     framed = ImportError("\n================\nFailed to import CuPy.\n\nOriginal error:\n  ...\n")
     assert _arrays.first_line(framed) == "Failed to import CuPy."
