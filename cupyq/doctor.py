@@ -465,9 +465,10 @@ def parse_links(text):
 def _exchange():
     """Sums over all GPUs, right and how quick."""
     from cupyq import tp
+    from cupyq.tp.timing import timed_sums
 
     count = _gpu_count()
-    times = tp.run(_timed_sums, count, backend="cupy")[0]
+    times = tp.run(lambda comm: timed_sums(comm, _EXCHANGED_BYTES), count, backend="cupy")[0]
     wrong = [size for size, (_, ok) in times.items() if not ok]
     table = ", ".join(f"{_size(size)} {us:.0f} us" for size, (us, _) in times.items())
     largest = max(times)
@@ -476,32 +477,6 @@ def _exchange():
     if wrong:
         mend = f"sums of {_size(wrong[0])} are wrong: try NCCL_P2P_DISABLE=1, and turn off IOMMU or PCIe ACS on this machine"
     return Check("exchange", not wrong, f"sums over {count} GPUs: {table} ({speed:.0f} GB/s on the bus)", mend)
-
-
-def _timed_sums(comm):
-    """{bytes: (microseconds, whether the sum is right)} of float32 all-reduces on this rank."""
-    from cupyq.models.queues import StreamQueue
-
-    queue = StreamQueue(comm.xp, comm.device)
-    return {size: _timed_sum(comm, queue, size, 50 if size <= 1 << 20 else 5) for size in _EXCHANGED_BYTES}
-
-
-def _timed_sum(comm, queue, size, repeats):
-    """In a graph, as a decoding step has them: what the GPUs take, not the host."""
-    import numpy as np
-
-    begin, end = comm.xp.cuda.Event(), comm.xp.cuda.Event()
-    with queue.entered():
-        array = comm.xp.full(size // 4, comm.rank + 1, np.float32)
-        out = comm.all_reduce(array)
-        ok = out == comm.ranks * (comm.ranks + 1) // 2
-        graph = comm.adopt(queue.captured(lambda: [comm.all_reduce(array, out) for _ in range(repeats)]))
-        comm.launch(graph)
-        begin.record()
-        comm.launch(graph)
-        end.record()
-        comm.wait()
-    return 1e3 * comm.xp.cuda.get_elapsed_time(begin, end) / repeats, bool(ok.all())
 
 
 def _size(nbytes):

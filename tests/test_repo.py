@@ -575,6 +575,7 @@ FAKE_CUPY = """
 from types import SimpleNamespace
 
 __version__ = "0"
+ndarray = type("ndarray", (), {})
 runtime = SimpleNamespace(
     getDeviceCount=lambda: 1,
     getDeviceProperties=lambda device: {"name": b"Fake GPU"},
@@ -623,7 +624,7 @@ def run_pytest(tmp_path):
 
 
 def test_a_gpu_test_fails_where_a_gpu_is_required_and_missing(run_pytest, tmp_path):
-    no_cupy = "raise ImportError('kept away')"
+    no_cupy = "raise ModuleNotFoundError('kept away', name='cupy')"
     result = run_pytest(cupy=no_cupy)
     assert result.returncode == 0 and "1 passed, 2 skipped" in result.stdout
     assert "gpu_receipt.json: missing" in result.stdout

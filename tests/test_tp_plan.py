@@ -181,4 +181,4 @@ def test_rules_need_neither_a_gpu_nor_the_ops():
     code = bare + "import cupyq.tp.plan, cupyq.tp.split; print(*(m for m in sys.modules if m.startswith(('cupy.', 'cupyq.'))))"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     loaded = {name.split(".")[1] if name.startswith("cupyq.") else name for name in result.stdout.split()}
-    assert loaded == {"errors", "formats", "tp"}
+    assert loaded == {"_version", "errors", "formats", "tp"}
