@@ -831,17 +831,7 @@ def test_sums_and_norms_in_a_graph(cupy, comms, clusters):
                     cupy.multiply(array, (comm.rank + 1) / sum(range(1, ranks + 1)), out=array)  # the part it began with
 
     queue()
-    graphs = []
-    for comm, stream in zip(comms, streams, strict=True):
-        with comm._on_device():
-            stream.synchronize()
-            stream.begin_capture()
-    queue()
-    for comm, stream in zip(comms, streams, strict=True):
-        with comm._on_device():
-            graphs.append(stream.end_capture())
-            graphs[-1].upload(stream)
-            stream.synchronize()
+    graphs = bench.captured(comms, streams, queue)
     for _ in range(300):
         for comm, stream, graph in zip(comms, streams, graphs, strict=True):
             with comm._on_device():
@@ -854,6 +844,18 @@ def test_sums_and_norms_in_a_graph(cupy, comms, clusters):
             assert np.allclose(array.get(), comm.rank + 1, rtol=1e-3)
             expected = np.full(out.shape, 2.0) if order is None else np.where(order.get() < 0, 0.0, 2.0)
             assert np.allclose(out.get(), expected, rtol=1e-3), out.shape
+
+
+def assert_gives_up(cupy, comms, start, pattern):
+    """The first of these ranks, whose kernels wait since `start`, soon says what it waited for; then all are closed."""
+    with pytest.raises(BackendError, match=pattern):
+        while time.monotonic() < start + 20:
+            comms[0].check()
+    cupy.cuda.Device().synchronize()
+    assert time.monotonic() - start < 4
+    for comm in comms:
+        comm._fail("the test is over")
+        comm.close()
 
 
 @pytest.mark.gpu
@@ -873,21 +875,14 @@ def test_a_rank_that_never_comes_to_a_norm(cupy):
         start = time.monotonic()
         for _ in range(20):  # once one gave up, none waits
             first.all_reduce_norm(array, weight, out, 1e-5, order=order)
-        with pytest.raises(BackendError, match="waited in vain for rank 1"):
-            while time.monotonic() < start + 20:
-                comms[0].check()
-        cupy.cuda.Device().synchronize()
-        assert time.monotonic() - start < 4
-    for comm in comms:
-        comm._fail("the test is over")
-        comm.close()
+        assert_gives_up(cupy, comms, start, "waited in vain for rank 1")
 
 
 @pytest.mark.gpu
 def test_a_thousand_replays_of_a_graph(cupy, comms):
     """Every replay sums other values, of several sizes: what is old or comes early shows in the total."""
     sizes = (1, 3000, 70_000, 500_000)
-    streams, graphs, kept = [], [], []
+    streams, kept = [], []
     for comm in comms:
         with comm._on_device():
             streams.append(cupy.cuda.Stream(non_blocking=True))
@@ -911,18 +906,7 @@ def test_a_thousand_replays_of_a_graph(cupy, comms):
                     cupy.add(array, 1, out=array)
 
     queue()
-    for stream in streams:
-        stream.synchronize()
-    for comm, stream in zip(comms, streams, strict=True):
-        with comm._on_device():
-            stream.begin_capture()
-    queue()
-    for comm, stream in zip(comms, streams, strict=True):
-        with comm._on_device():
-            graphs.append(stream.end_capture())
-            graphs[-1].upload(stream)
-    for stream in streams:
-        stream.synchronize()
+    graphs = bench.captured(comms, streams, queue)
     for _ in range(1000):
         for comm, stream, graph in zip(comms, streams, graphs, strict=True):
             with comm._on_device():
@@ -980,14 +964,7 @@ def test_a_rank_that_never_comes(cupy, way, is_stopped):
         if is_stopped:
             threading.Timer(0.5, first.stop).start()
         pattern = "stopped while it waited for rank 1" if is_stopped else "waited in vain for rank 1"
-        with pytest.raises(BackendError, match=pattern):
-            while time.monotonic() < start + 20:
-                comms[0].check()
-        cupy.cuda.Device().synchronize()
-        assert time.monotonic() - start < 4
-    for comm in comms:
-        comm._fail("the test is over")
-        comm.close()
+        assert_gives_up(cupy, comms, start, pattern)
 
 
 @pytest.mark.gpu

@@ -53,6 +53,11 @@ def text(x, y, content, *, anchor="start", size=12, weight="normal", color=INK):
     )
 
 
+def heading(title, note):
+    """What a figure shows, and below it in gray what to look at."""
+    return [text(20, 28, title, size=16, weight="bold"), text(20, 50, note, color=GRAY)]
+
+
 def box(x, y, width, height, fill, *, line=LINE, thickness=1.0, round=0):
     return (
         f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="{round}" fill="{fill}" stroke="{line}" '
@@ -83,8 +88,10 @@ def exl2_layer():
     top, height = 84, 384
     scale = height / layout.k
     parts = [
-        text(20, 28, f"One layer in EXL2: {LAYER}, {layout.k} inputs, {n} outputs", size=16, weight="bold"),
-        text(20, 50, "Rows are sorted by how strong their inputs are; the strongest get the widest codes.", color=GRAY),
+        *heading(
+            f"One layer in EXL2: {LAYER}, {layout.k} inputs, {n} outputs",
+            "Rows are sorted by how strong their inputs are; the strongest get the widest codes.",
+        ),
     ]
     # The model's order: each row has the colour of the group it goes to.
     group_of = np.repeat(np.arange(layout.group_count), layout.rows)
@@ -143,8 +150,10 @@ def exl2_bits():
     """32 codes of 3, 4 and 5 bits in their words; codes that stand in two words are marked."""
     cell, left, y = 20, 74, 96
     parts = [
-        text(20, 28, "32 codes of one column, as words of 32 bits", size=16, weight="bold"),
-        text(20, 50, "A number is the code that the bit belongs to. Outlined: codes that go on in the next word.", color=GRAY),
+        *heading(
+            "32 codes of one column, as words of 32 bits",
+            "A number is the code that the bit belongs to. Outlined: codes that go on in the next word.",
+        ),
     ]
     for width in (3, 4, 5):
         places = places_of_bits(width)
@@ -178,8 +187,10 @@ def exl2_scales():
     """The 16 scales that a group offers, and the weights that codes of 4 bits then stand for."""
     left, width = 140, 560
     parts = [
-        text(20, 28, "What a column can choose from", size=16, weight="bold"),
-        text(20, 50, "scale = (s + 1)^2 * q_scale_max / 256, s from 0 to 15; weight = (code - 8) * scale", color=GRAY),
+        *heading(
+            "What a column can choose from",
+            "scale = (s + 1)^2 * q_scale_max / 256, s from 0 to 15; weight = (code - 8) * scale",
+        ),
         text(left - 16, 100, "16 scales", anchor="end", weight="bold"),
         text(left, 134, "0", anchor="middle", size=11, color=GRAY),
         text(left + width, 134, "q_scale_max", anchor="middle", size=11, color=GRAY),
@@ -233,8 +244,10 @@ def tile_lanes():
     cell, left, top = 17, 60, 92
     lanes = [[place_in_tile(4, row, column, 0)[0] for column in range(32)] for row in range(32)]
     parts = [
-        text(20, 28, "A tile: 32 rows by 32 columns of weights, shared out to the 32 lanes of a warp", size=16, weight="bold"),
-        text(20, 50, "A number is the lane that holds the weight. What lane 0 and lane 22 hold is coloured.", color=GRAY),
+        *heading(
+            "A tile: 32 rows by 32 columns of weights, shared out to the 32 lanes of a warp",
+            "A number is the lane that holds the weight. What lane 0 and lane 22 hold is coloured.",
+        ),
         text(left + 16 * cell, top - 12, "columns (outputs)", anchor="middle", size=11, color=GRAY),
         f'<text transform="translate({left - 34} {top + 16 * cell}) rotate(-90)" text-anchor="middle" font-size="11" '
         f'fill="{GRAY}">rows (inputs)</text>',
@@ -277,12 +290,9 @@ def tile_words():
     """The words of one lane, for 4, 3 and 6 bits."""
     cell, left, y = 20, 74, 96
     parts = [
-        text(20, 28, "The 32 weights of one lane, in its words", size=16, weight="bold"),
-        text(
-            20,
-            50,
+        *heading(
+            "The 32 weights of one lane, in its words",
             "A number is a pair of weights: its even row in the low half, its odd row in the high half. Outlined: spare bits.",
-            color=GRAY,
         ),
     ]
     first = {}  # pair -> its place in the tile: columns 0 to 3 of lane 0, rows 16 j + 8 h
@@ -321,12 +331,9 @@ def tile_runs():
     """A matrix of several widths in memory: column tiles one after the other, each from its first block to its last."""
     left, top, widths, columns = 130, 84, (8, 5, 5, 4, 4, 4, 4), 5
     parts = [
-        text(20, 28, "A matrix in memory", size=16, weight="bold"),
-        text(
-            20,
-            50,
+        *heading(
+            "A matrix in memory",
             "A column tile is one unbroken run. Height: the bytes of a block; a block of b bits is b words to a lane.",
-            color=GRAY,
         ),
     ]
     unit = 8
@@ -357,8 +364,10 @@ def kernel_overlap():
     left, row, unit = 90, 30, 0.88
     colors = {"read weights ahead": PALE[4], "wait": LIGHT, "multiply": PALE[8], "add up": PALE[6]}
     parts = [
-        text(20, 28, "A kernel reads its weights while the one before still works", size=16, weight="bold"),
-        text(20, 50, "Weights are written by no kernel, so they need no waiting; activations do.", color=GRAY),
+        *heading(
+            "A kernel reads its weights while the one before still works",
+            "Weights are written by no kernel, so they need no waiting; activations do.",
+        ),
     ]
     lines = [
         ("one after the other", [[("wait", 0, 0), ("read weights ahead", 0, 110), ("multiply", 110, 190), ("add up", 300, 50)],
@@ -390,8 +399,10 @@ def kernel_slices():
     """How a product of few rows is cut: column tiles to thread blocks, K to warps, and slices that are added in order."""
     left, top, width = 24, 86, 312
     parts = [
-        text(20, 28, "A product of few rows, cut", size=16, weight="bold"),
-        text(20, 50, "Each warp streams its part of a column tile through a ring of its own in shared memory.", color=GRAY),
+        *heading(
+            "A product of few rows, cut",
+            "Each warp streams its part of a column tile through a ring of its own in shared memory.",
+        ),
         text(left + width / 2, top - 8, "weights: inputs by outputs", anchor="middle", size=11, color=GRAY),
     ]
     for column in range(6):
@@ -468,12 +479,9 @@ def roofline():
         )
 
     parts = [
-        text(20, 28, "Products with 4-bit weights under the roofline of an H100", size=16, weight="bold"),
-        text(
-            20,
-            50,
+        *heading(
+            "Products with 4-bit weights under the roofline of an H100",
             f"Limits of the same run: {bandwidth:.0f} GB/s, {flops:.0f} TFLOP/s. Points: 1, 4, 8, 16, 32 ... 4096 rows of x.",
-            color=GRAY,
         ),
     ]
     for tflops in (3, 10, 30, 100, 300, 1000):

@@ -81,7 +81,7 @@ class Run:
             path.mkdir(parents=True, exist_ok=True)
         shared = "/dev/shm" if os.path.isdir("/dev/shm") else None
         self.scratch = Path(tempfile.mkdtemp(prefix="fuzz-", dir=shared))
-        self.case_folder, self.state = self.scratch / "case", self.scratch / "last.json"
+        self.case_folder = self.scratch / "case"
         self.lines, self.said, self.kinds = Lines(), set(), {}
         self.executions, self.slowest = 0, 0.0
         self.pool = [*target.seeds(), *(from_text(path.read_text()) for path in sorted(self.corpus.glob("*.json")))]

@@ -1,6 +1,5 @@
 """`cupyq bench model`: decoding, prompts, loading and the first token of a model of random weights."""
 
-import json
 import os
 import shutil
 import sys
@@ -14,6 +13,8 @@ from cupyq.bench.first_token import first_token_seconds
 from cupyq.bench.limits import measure_limits
 from cupyq.bench.random_model import random_model, write_model
 from cupyq.bench.shapes import shape_config
+from cupyq.bench.table import emit
+from cupyq.bench.timing import wait
 from cupyq.models.sampler import SamplerSettings
 
 WARM_STEPS = 8
@@ -71,9 +72,7 @@ class _Report:
 
     def add(self, row):
         self.rows.append(self.common | row)
-        print(row_text(row), file=self.out, flush=True)
-        if self.lines is not None:
-            print(json.dumps(self.rows[-1]), file=self.lines, flush=True)
+        emit(self.rows[-1], row_text(row), self.out, self.lines)
 
 
 def row_text(row):
@@ -114,21 +113,16 @@ def _random_ids(model, count):
     return np.random.default_rng(0).integers(0, model.config.vocab_size, (1, count), np.int32)
 
 
-def _wait(model):
-    if model.xp is not np:
-        model.xp.cuda.runtime.deviceSynchronize()
-
-
 def _decode(model, context, steps, limits, settings):
     """Tokens per second from `context` tokens on, by the decoder: on a GPU replays of captured steps."""
     decoder = model.decoder(batch=1, max_len=context + WARM_STEPS + steps, settings=settings, seed=0)
     for _ in range(2):  # the second time all graphs are there
         decoder.start(_random_ids(model, context))
         decoder.run(WARM_STEPS)
-        _wait(model)
+        wait(model.xp)
         start = time.perf_counter()
         tokens = decoder.run(steps)
-        _wait(model)
+        wait(model.xp)
         seconds = time.perf_counter() - start
     if (tokens < 0).any():
         raise ValueError(f"the model's logits are not finite after {context} tokens: a kernel is wrong")
@@ -142,10 +136,10 @@ def _prefill(model, tokens, limits, repeats=3):
     seconds = []
     for _ in range(1 + repeats):
         cache.reset()
-        _wait(model)
+        wait(model.xp)
         start = time.perf_counter()
         model.forward(ids, cache, last_only=True)
-        _wait(model)
+        wait(model.xp)
         seconds.append(time.perf_counter() - start)
     limit = None if limits is None else 1e6 * tokens / limits.microseconds(0, prefill_flops(model, tokens))
     return _rate_row("prefill", tokens, tokens / float(np.median(seconds[1:])), limit)
@@ -165,10 +159,10 @@ def _print_kernels(model, settings, out, steps=8):
     decoder = model.decoder(batch=1, max_len=256, settings=settings)
     decoder.start(_random_ids(model, 128))
     decoder.run(WARM_STEPS)
-    _wait(model)
+    wait(model.xp)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         decoder.run(steps)
-        _wait(model)
+        wait(model.xp)
     events = sorted(profile.key_averages(), key=lambda event: -event.self_device_time_total)
     print(f"{'kernel':<72} {'calls':>6} {'us':>8} {'us/step':>8}", file=out)
     for event in events:

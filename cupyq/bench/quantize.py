@@ -14,7 +14,7 @@ from cupyq.bench.limits import Limits, measure_limits
 from cupyq.bench.qmatmul import parse_shape
 from cupyq.bench.shapes import shape_config
 from cupyq.bench.table import Table, finite
-from cupyq.bench.timing import eager_microseconds, graph_microseconds
+from cupyq.bench.timing import eager_microseconds, graph_microseconds, wait
 from cupyq.ops.quantize_group import (
     _GPTQ_SHARES,
     _SEARCHES,
@@ -183,10 +183,10 @@ class QuantizeTable(Table):
         run()
         times = []
         for _ in range(repeats):
-            self._wait()
+            wait(self.xp)
             begin = time.perf_counter()
             run()
-            self._wait()
+            wait(self.xp)
             times.append(1e6 * (time.perf_counter() - begin))
         return float(np.median(times))
 
@@ -194,10 +194,6 @@ class QuantizeTable(Table):
         if self.xp is np:
             return self.wall_microseconds(run, 1)
         return graph_microseconds(lambda: [run() for _ in range(_CALLS)], 7) / _CALLS
-
-    def _wait(self):
-        if self.xp is not np:
-            self.xp.cuda.runtime.deviceSynchronize()
 
     def row(self, step, shape, variant, us, error, most=_MOST_ERROR, **work):
         """work: as `Rates.microseconds` takes it."""

@@ -1,15 +1,16 @@
 """`cupyq bench serve`: many texts at a time through one Generator, against the same launches with nobody looking."""
 
 import gc
-import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
 from cupyq import _device
 from cupyq.bench.random_model import random_model
 from cupyq.bench.shapes import shape_config
+from cupyq.bench.table import emit, number, percent
+from cupyq.bench.timing import wait
 from cupyq.generate.text import encode, load_tokenizer
 from cupyq.models import load_model
 from cupyq.serve import Generator, Job, ModelDraft, NGramDraft, SamplerSettings
@@ -38,11 +39,9 @@ class Options:
 
 def run(arguments, out, lines=None):
     """[row] of each number of jobs; the table goes to `out`, JSON lines to `lines`."""
+    names = (field.name for field in fields(Options) if field.name != "settings")
     settings = SamplerSettings() if arguments.sampled else SamplerSettings.greedy()
-    options = Options(
-        arguments.concurrent, arguments.prompt, arguments.new, settings, arguments.cache, arguments.text, arguments.draft,
-        arguments.guesses,
-    )  # fmt: skip
+    options = Options(settings=settings, **{name: getattr(arguments, name) for name in names})
     if arguments.model is None:
         if arguments.text is not None:
             raise ValueError("--text is for a model with a tokenizer: give --model too")
@@ -66,9 +65,7 @@ def run(arguments, out, lines=None):
     for count in options.concurrent:
         row = {"family": "serve", "model": name, "bits": model.bits_per_weight} | _row(model, options, prompts, count)
         rows.append(row)
-        print(row_text(row), file=out, flush=True)
-        if lines is not None:
-            print(json.dumps(row), file=lines, flush=True)
+        emit(row, row_text(row), out, lines)
     return rows
 
 
@@ -125,7 +122,7 @@ def _draft(model, options):
 
 def _round(generator, model, jobs):
     """All jobs from first to last; decoding counts from the step on in which the last one had its first token."""
-    _wait(model)
+    wait(model.xp)
     start = time.perf_counter()
     first, decoding = {}, None  # (time, tokens so far, steps, time waited) where all are decoding
     while not generator.is_idle:
@@ -158,7 +155,7 @@ def _round(generator, model, jobs):
 
 
 def _launches_ms(generator, model, options, prompts, count):
-    """Of one step's launches, of as many texts as far as they are half-way, queued one step behind the other unseen."""
+    """Milliseconds of one step's launches for `count` texts about half-way, when nobody reads the tokens."""
     jobs = [
         generator.add(Job(prompts(WARM_ROUNDS + ROUNDS, i), options.new, settings=options.settings, seed=i, stop_tokens=[]))
         for i in range(count)
@@ -166,37 +163,26 @@ def _launches_ms(generator, model, options, prompts, count):
     while any(len(job.tokens) < options.new // 2 for job in jobs):
         generator.step()
     engine, state = generator._engine, generator._batch.state
-    replays = min(REPLAYS, options.new // 2 - 3)
+    replays = min(REPLAYS, options.new // 2 - 3) // 2
     seconds = []
     for _ in range(2):
-        _wait(model)
+        wait(model.xp)
         start = time.perf_counter()
-        for _ in range(replays // 2):
+        for _ in range(replays):
             logits = engine.decode(state, [None] * count)
             with engine.stepping():
                 state.draw(logits)
-        _wait(model)
+        wait(model.xp)
         seconds.append(time.perf_counter() - start)
     for job in jobs:
         job.cancel()  # their texts have gone on without them
     while not generator.is_idle:
         generator.step()
-    return 1e3 * seconds[-1] / (replays // 2)
-
-
-def _wait(model):
-    if model.xp is not np:
-        model.xp.cuda.runtime.deviceSynchronize()
+    return 1e3 * seconds[-1] / replays
 
 
 def row_text(row):
     """A row as people read it."""
-
-    def number(value, width, digits):
-        return f"{'-' if value is None else f'{value:.{digits}f}':>{width}}"
-
-    def percent(value, width):
-        return f"{'-' if value is None else f'{value:.1%}':>{width}}"
 
     return (
         f"{row['jobs']:>5} {row['tokens_per_s']:>9.1f} {row['tokens_per_s_of_a_job']:>8.1f} {row['ms_per_step']:>8.3f}"

@@ -8,7 +8,6 @@ module lists as a candidate, and weights reconstructed for cuBLAS. So what `pick
 import contextlib
 import dataclasses
 import importlib
-import json
 import sys
 
 from cupyq import _device, _kernels
@@ -17,6 +16,7 @@ from cupyq.bench.limits import measure_limits
 from cupyq.bench.peers import free_memory
 from cupyq.bench.qmatmul import ALLOWED_ERROR, Exact, Products, product_flops, random_rows
 from cupyq.bench.random_matrices import Words, random_tensors, words_needed
+from cupyq.bench.table import emit
 from cupyq.ops.qmatmul_config import candidate_configs, current_problem, pick_config
 
 _ops = importlib.import_module("cupyq.ops.qmatmul")  # the op of the same name hides the module
@@ -72,9 +72,7 @@ def run(options, out=None, lines=None):
                     "limit_us": limit_us,
                 }
                 found.append(row | _measure(products, cases[rows], x[:rows], exact, limit_us))
-                print(_line(found[-1]), file=out, flush=True)
-                if lines is not None:
-                    print(json.dumps(found[-1]), file=lines, flush=True)
+                emit(found[-1], _line(found[-1]), out, lines)
             del products, exact
             free_memory()
         del words, x

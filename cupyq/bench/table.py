@@ -20,9 +20,24 @@ class Table:
         """Keep a row and print its text; `lines`, if there is such a file, gets a JSON object."""
         self.is_right &= is_right
         self.rows.append(row)
-        print(text + ("" if is_right else "  WRONG"), file=self.out, flush=True)
-        if self.lines is not None:
-            print(json.dumps(row), file=self.lines, flush=True)
+        emit(row, text + ("" if is_right else "  WRONG"), self.out, self.lines)
+
+
+def emit(row, text, out, lines):
+    """Print a row's text; `lines`, if there is such a file, gets a JSON object."""
+    print(text, file=out, flush=True)
+    if lines is not None:
+        print(json.dumps(row), file=lines, flush=True)
+
+
+def number(value, width, digits):
+    """As it stands in a column; a dash for None."""
+    return f"{'-' if value is None else f'{value:.{digits}f}':>{width}}"
+
+
+def percent(value, width):
+    """A share as it stands in a column; a dash for None."""
+    return f"{'-' if value is None else f'{value:.1%}':>{width}}"
 
 
 def finite(error):

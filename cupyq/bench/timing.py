@@ -76,3 +76,9 @@ def _event_times(cupy, run, repeats, stream):
         end.synchronize()
         times.append(1000 * cupy.cuda.get_elapsed_time(start, end))
     return times
+
+
+def wait(xp):
+    """Until the GPU has done what was queued; NumPy has."""
+    if xp is not np:
+        xp.cuda.runtime.deviceSynchronize()

@@ -1,7 +1,6 @@
 """All-reduce over the GPUs of this machine: NCCL and our kernels in CUDA graphs, 4 KB to 64 MB, beside what the links allow."""
 
 import contextlib
-import json
 import os
 from dataclasses import dataclass
 
@@ -9,6 +8,7 @@ import numpy as np
 
 from cupyq import _device
 from cupyq._arrays import float16, float32, require_cupy
+from cupyq.bench.table import emit, number
 from cupyq.errors import BackendError
 from cupyq.ops.all_reduce import MOST_RANKS, Mailbox, all_reduce_reference
 from cupyq.ops.elementwise import add
@@ -56,12 +56,10 @@ def run(options, out, lines=None):
                 flush=True,
             )
             found = [_size_row(nccl_comms, comms, size, link, start) for size in options.sizes]
-            found += [_norm_row(nccl_comms, comms, number, link, start) for number in NORM_ROWS]
+            found += [_norm_row(nccl_comms, comms, rows_of_one, link, start) for rows_of_one in NORM_ROWS]
             for row in found:
                 rows.append(row)
-                print(_text(row), file=out, flush=True)
-                if lines is not None:
-                    print(json.dumps(row), file=lines, flush=True)
+                emit(row, _text(row), out, lines)
     return rows, all(row["is_right"] for row in rows)
 
 
@@ -100,12 +98,28 @@ def _sums(ranks, size):
     return np.resize(all_reduce_reference([_values(rank, 101) for rank in range(ranks)]), size)
 
 
+def captured(comms, streams, queue):
+    """What queue() queues on the stream of each GPU: a graph for each, ready to be launched."""
+    graphs = []
+    for comm, stream in zip(comms, streams, strict=True):
+        with comm._on_device():
+            stream.synchronize()
+            stream.begin_capture()
+    queue()
+    for comm, stream in zip(comms, streams, strict=True):
+        with comm._on_device():
+            graphs.append(stream.end_capture())
+            graphs[-1].upload(stream)
+            stream.synchronize()
+    return graphs
+
+
 def _graph_us(comms, work, arrays, loops, repeats=7, at_once=False):
     """Median microseconds of work(comm, array) on every GPU at the same time, as `loops` of them in a graph for each GPU.
 
     at_once: the work of all ranks goes within together().
     """
-    cupy, streams, graphs = require_cupy(), [], []
+    cupy, streams = require_cupy(), []
 
     def queue():
         with together(comms) if at_once else contextlib.nullcontext():
@@ -118,18 +132,7 @@ def _graph_us(comms, work, arrays, loops, repeats=7, at_once=False):
             streams.append(cupy.cuda.Stream(non_blocking=True))
             cupy.cuda.get_current_stream().synchronize()  # the inputs may still be on their way
     queue()
-    for comm, stream in zip(comms, streams, strict=True):
-        with comm._on_device():
-            stream.synchronize()
-            stream.begin_capture()
-    for _ in range(loops):
-        queue()
-    for comm, stream in zip(comms, streams, strict=True):
-        with comm._on_device():
-            graphs.append(stream.end_capture())
-            graphs[-1].upload(stream)
-            stream.synchronize()
-    times = []
+    graphs, times = captured(comms, streams, lambda: [queue() for _ in range(loops)]), []
     for _ in range(repeats + 2):
         events = []
         for comm, stream, graph in zip(comms, streams, graphs, strict=True):
@@ -284,11 +287,8 @@ def link_gigabytes_per_s(comms, size=256 << 20):
 
 
 def _text(row):
-    def number(value, width=9, digits=1):
-        return f"{'-' if value is None else f'{value:.{digits}f}':>{width}}"
-
     what = row["what"] if "rows" not in row else f"norm of {row['rows']}"
-    times = " ".join(number(row[name]) for name in ("nccl_us", "one_shot_us", "two_shot_us", "limit_us"))
+    times = " ".join(number(row[name], 9, 1) for name in ("nccl_us", "one_shot_us", "two_shot_us", "limit_us"))
     text = (
         f"{row['gpus']:>4} {what:<12} {row['bytes']:>9} {times} {row['in_use']:>8} {number(row['bus_gigabytes_per_s'], 6, 0)}"
     )

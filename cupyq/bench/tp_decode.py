@@ -1,7 +1,6 @@
 """Decoding over the GPUs of this machine: tokens per second of a model of random weights, split over 1, 2, 4 or 8 of them."""
 
 import gc
-import json
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +14,7 @@ from cupyq.bench.model import step_bytes
 from cupyq.bench.random_matrices import Words
 from cupyq.bench.random_model import decoder_kind, model_config, model_of, random_checkpoint
 from cupyq.bench.shapes import CONFIGS, shape_config
+from cupyq.bench.table import emit, number, percent
 from cupyq.bench.tp import sum_us
 from cupyq.errors import BackendError
 from cupyq.models.loader import Blueprint, choose_dtype
@@ -83,9 +83,7 @@ def run(options, out, lines=None):
     for count in options.gpus:
         row = _row(options, config, checkpoint, count, gigabytes_per_s, rows)
         rows.append(row)
-        print(_text(row), file=out, flush=True)
-        if lines is not None:
-            print(json.dumps(row), file=lines, flush=True)
+        emit(row, _text(row), out, lines)
     return rows, all(row["is_right"] for row in rows)
 
 
@@ -240,12 +238,6 @@ def _width(share):
 
 
 def _text(row):
-    def number(value, width, digits):
-        return f"{'-' if value is None else f'{value:.{digits}f}':>{width}}"
-
-    def percent(value, width):
-        return f"{'-' if value is None else f'{value:.1%}':>{width}}"
-
     text = (
         f"{row['gpus']:>4} {row['tokens_per_s']:>9.1f} {row['milliseconds']:>9.3f} {number(row['speed_up'], 8, 2)}"
         f" {row['gigabytes']:>8.2f} {percent(row['share'], 8)} {number(row['sum_us'], 7, 1)} {percent(row['sums_share'], 7)}"

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from cupyq._arrays import copy_values
 from cupyq.ops.advance import advance
 from cupyq.ops.penalties import PenaltyTable, penalize, penalize_workspace_size
 from cupyq.ops.sampling import SamplerTable, sample, sample_workspace_size
@@ -235,14 +236,14 @@ class Sampler:
     def start(self, prompts: Sequence[Any]) -> None:
         """Begin with these texts: int32 arrays [1 or more] of `xp`, or lists, one for each of the batch."""
         lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-        _copy(self._xp.asarray(lengths), self.lengths)
-        _copy(self._xp.asarray(lengths - 1), self.positions)
+        copy_values(self._xp.asarray(lengths), self.lengths)
+        copy_values(self._xp.asarray(lengths - 1), self.positions)
         self.steps.fill(0)
         if self._mu is not None:
             self._mu.fill(2 * self._settings.mirostat_tau)
         if self._history.size:
             for row, prompt in zip(self._history, prompts, strict=True):
-                _copy(self._xp.asarray(prompt, np.int32), row[: len(prompt)])
+                copy_values(self._xp.asarray(prompt, np.int32), row[: len(prompt)])
 
     def draw(self, logits: Any) -> Any:
         """`ids`, after drawing them from float32 logits [batch, vocab], which penalties change; they join the texts."""
@@ -252,14 +253,6 @@ class Sampler:
         sample(logits, table=self._table, step=self.steps, mirostat_mu=self._mu, out=self.ids, **self._arrays)
         advance(self.ids, self.positions, self.lengths, self.steps, self.tokens, self._history)
         return self.ids
-
-
-def _copy(source: Any, target: Any) -> None:
-    """target[...] = source, arrays of one size and dtype; CuPy would compile a kernel for this."""
-    if isinstance(target, np.ndarray):
-        target[...] = source
-    else:
-        target.data.copy_from_device_async(source.data, target.nbytes)
 
 
 def _mask(ids: Sequence[int], vocab_size: int, name: str) -> np.ndarray:

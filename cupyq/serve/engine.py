@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from cupyq._arrays import copy_values
 from cupyq.errors import UnsupportedError
 from cupyq.models.queues import HostQueue, StreamQueue
 from cupyq.ops._common import is_checking
 from cupyq.ops.cache_pages import cache_rotate
-from cupyq.serve.rows import Rows, _copy
+from cupyq.serve.rows import Rows
 
 MOST_NEW = 16
 """Tokens of a row that one step may verify."""
@@ -98,7 +99,7 @@ class Engine:
 
     def _upload_table(self) -> None:
         if self._table_changed:
-            _copy(self.xp.asarray(self._table), self.cache.block_table)
+            copy_values(self.xp.asarray(self._table), self.cache.block_table)
             self._table_changed = False
 
     # --- passes ---
@@ -135,9 +136,9 @@ class Engine:
         host[0][:count], host[1][:count] = fed, at
         with self.stepping():
             ids = self._fed[: size * new]
-            _copy(self.xp.asarray(host[0].ravel()), ids)
-            _copy(self.xp.asarray(host[1]), self._at[:size])
-            _copy(self.xp.asarray(host[1] + np.int32(new)), self._until[:size])
+            copy_values(self.xp.asarray(host[0].ravel()), ids)
+            copy_values(self.xp.asarray(host[1]), self._at[:size])
+            copy_values(self.xp.asarray(host[1] + np.int32(new)), self._until[:size])
         arrays = (ids.reshape(size, new), self._at[:size], self._until[:size])
         return self._pass(arrays, adapters)[:count]
 

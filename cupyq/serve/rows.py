@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from cupyq._arrays import copy_values
 from cupyq.models.sampler import SamplerSettings
 from cupyq.ops.advance import advance
 from cupyq.ops.penalties import PenaltyTable, penalize
@@ -79,20 +80,20 @@ class Rows:
             (self.steps, np.array([state.step for state in states], np.int64)),
             (self.mu, np.array([state.mu for state in states], np.float32)),
         ):
-            _copy(self._xp.asarray(values), array[row:end])
+            copy_values(self._xp.asarray(values), array[row:end])
         if most:
             self._widen(most)
             for index, state in enumerate(states):
                 if len(state.history):
                     said = self._xp.asarray(np.array(state.history, np.int32))
-                    _copy(said, self._history[row + index, : len(said)])
+                    copy_values(said, self._history[row + index, : len(said)])
 
     def move(self, source: int, to: int) -> None:
         """Row `to` becomes what row `source` is, tokens included that the host has not seen."""
         for array in (self.ids, self.positions, self.lengths, self.steps, self.mu):
-            _copy(array[source : source + 1], array[to : to + 1])
+            copy_values(array[source : source + 1], array[to : to + 1])
         if self._history.shape[1]:
-            _copy(self._history[source], self._history[to])
+            copy_values(self._history[source], self._history[to])
 
     def _widen(self, most: int) -> None:
         if most > self._history.shape[1]:
@@ -203,11 +204,3 @@ def _one_or_all(values: list) -> Any:
     if all(value == values[0] for value in values):
         return values[0]
     return np.array(values)
-
-
-def _copy(source: Any, target: Any) -> None:
-    """target[...] = source, arrays of one size and dtype; CuPy would compile a kernel for this."""
-    if isinstance(target, np.ndarray):
-        target[...] = source
-    else:
-        target.data.copy_from_device_async(source.data, target.nbytes)

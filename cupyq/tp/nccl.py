@@ -198,17 +198,22 @@ class NcclComm(Comm):
 
     def _in_turn(self, name, work):
         """Do what makes the GPU wait for other ranks, on this device's current stream."""
-        with self._on_device():
-            if self._lockstep is None or self._later is not None:
+        if self._lockstep is None or self._later is not None:
+            with self._on_device():
                 work()
-                return
+            return
+        self._lockstep.come(self, name, self._placed(work))
+
+    def _placed(self, work):
+        """`work` for another time or thread: on the stream that is this device's current one now."""
+        with self._on_device():
             stream = self.xp.cuda.get_current_stream()
 
         def placed():
             with self._on_device(), stream:
                 work()
 
-        self._lockstep.come(self, name, placed)
+        return placed
 
     def _all_gather(self, array, flat, ends):
         kind, item = self._types[array.dtype], array.dtype.itemsize
@@ -235,15 +240,8 @@ class NcclComm(Comm):
     def _follow(self, work):
         if self._later is None:
             super()._follow(work)
-            return
-        with self._on_device():
-            stream = self.xp.cuda.get_current_stream()
-
-        def later():
-            with self._on_device(), stream:
-                work()
-
-        self._later.append(later)
+        else:
+            self._later.append(self._placed(work))
 
     def _queue(self, *operations):
         """Queue operations of NCCL, each (name, *arguments) and all as one, on this device's current stream."""
