@@ -28,6 +28,7 @@ from cupyq.errors import UnsupportedError
 from cupyq.generate import SamplerSettings, encode, generate
 from cupyq.models import load_model
 from cupyq.serve import Event, Generator, Job, NGramDraft
+from cupyq.serve import generator as serve_generator
 from cupyq.serve.engine import batch_class
 from cupyq.serve.pages import MustWait
 from cupyq.serve.running import log_probabilities
@@ -148,13 +149,38 @@ def test_batch_invariant_log_probabilities_are_the_same_bits():
 def test_batch_invariant_prompts_are_cut_at_their_own_pages(monkeypatch):
     """Whatever is left of the chunk that a step may pass: products of other numbers of rows may round otherwise."""
     generator, passed = small_generator(tiny_model(), batch_invariant=True, cache_tokens=2048), []
-    monkeypatch.setattr(generator._engine, "prefill", lambda part, begin, *_: passed.append((begin, len(part))))
+    monkeypatch.setattr(generator._engine, "prefill", lambda parts: passed.extend((p.begin, len(p.tokens)) for p in parts))
     jobs = [generator.add(Job([i, *range(lengths)], max_new_tokens=1, stop_tokens=[])) for i, lengths in enumerate([7, 50, 23])]
     while any(event.kind == "prefill" for event in generator.step()) or generator._prefilling:
         pass
     ends = [len(job.prompt) - 1 for job in jobs]
     wanted = [(begin, min(16, end - begin)) for end in ends for begin in range(0, end, 16)]
     assert passed == wanted
+
+
+@pytest.mark.parametrize("small", [0, 120, 1000])
+def test_prompts_pass_together(monkeypatch, small):
+    """In passes of the oldest prompt and others: small ones of any, larger ones of those that fill them."""
+    monkeypatch.setattr(serve_generator, "SMALL_PASS", small)
+    model, passes = tiny_model(), []
+    generator = small_generator(model, cache_tokens=4096, max_batch=16, chunk=256)
+    prefill = generator._engine.prefill
+    monkeypatch.setattr(generator._engine, "prefill", lambda parts: (passes.append(parts), prefill(parts)))
+    rng = np.random.default_rng(4)
+    lengths = [60, 9, 57, 300, 31, 64, 33, 3, 58, 1]
+    jobs = [
+        generator.add(Job(rng.integers(0, 96, n).tolist(), max_new_tokens=12, settings=GREEDY, stop_tokens=[])) for n in lengths
+    ]
+    run_all(generator)
+    assert [job.tokens for job in jobs] == [alone(model, job) for job in jobs]
+    assert [job.prefilled_tokens for job in jobs] == [n - 1 for n in lengths]
+    widths = [[len(part.tokens) for part in parts] for parts in passes]
+    assert sum(map(sum, widths)) == sum(lengths) - len(lengths)
+    for each in widths:
+        cells = len(each) * max(each)
+        assert cells <= 256 and (len(each) == 1 or cells <= small or sum(each) >= 0.75 * cells)
+    first = {0: [59, 56, 30, 63], 120: [59, 8], 1000: [59, 8, 56, 30]}
+    assert widths[0] == first[small]
 
 
 # --- pages and turns --------------------------------------------------------------------------------------------------
@@ -237,16 +263,17 @@ def test_the_queue():
     assert list(queue.begin(lease, 1)) == [runs[0]] and list(queue) == [runs[2], runs[4]]
 
 
-def test_pages_are_put_in_order_when_there_is_nothing_to_do():
+def test_texts_are_found_again_in_pages_put_in_order():
     model, rng = tiny_model(), np.random.default_rng(3)
-    generator = small_generator(model, cache_tokens=12 * 16)
-    moved = []
-    rotate = generator._engine.rotate
-    generator._engine.rotate = lambda cycles: (moved.append(cycles), rotate(cycles))
+    generator, moved = small_generator(model, cache_tokens=12 * 16), 0
     for _ in range(12):
         jobs = [generator.add(random_job(rng, longest=50)) for _ in range(3)]
+        with pytest.raises(ValueError, match="jobs have pages"):
+            generator.defragment()
         run_all(generator)
         assert [job.tokens for job in jobs] == [alone(model, job) for job in jobs]
+        moved += generator.defragment()
+        assert generator.defragment() == 0
     assert moved
     again = generator.add(Job([*jobs[0].prompt, *jobs[0].tokens, 1], max_new_tokens=5, settings=GREEDY, stop_tokens=[]))
     run_all(generator)
@@ -694,9 +721,9 @@ def test_jobs_on_the_gpu_are_as_if_alone(is_invariant, cupy, capsys):
     generator = small_generator(model, cache_tokens=1024, batch_invariant=is_invariant)
     together = jobs()
     events = churn(generator, rng, list(together), cancel_share=0)
-    ties = 0
+    ties, single = 0, small_generator(model, batch_invariant=is_invariant)
     for one, job in zip(jobs(), together, strict=True):
-        single = small_generator(model, batch_invariant=is_invariant)
+        single.forget()
         single.add(one)
         expected = run_all(single)
         if is_invariant:

@@ -19,7 +19,6 @@ class Batch:
         self.runs: list[Running] = []
         self.state = Rows(engines[0].xp, vocab_size, engines[0].batch)
         self._count = 0
-        self._configured: list[Running] = []  # whose settings the rows have
         self._leases: list[Lease | None] = [None] * engines[0].batch
 
     @property
@@ -40,14 +39,14 @@ class Batch:
 
     def set_aside(self) -> None:
         """Rows that draw no more, as all their tokens are on their way, go to the end."""
-        going = [run for run in self.runs if run.wants_step]
-        self._count = len(going)
-        for row, run in enumerate(going):
-            if self.runs[row] is not run:
-                other = self.runs.index(run, row)
-                self._move(run, other, row)
-                self.runs[row].is_placed = False
-                self.runs[row], self.runs[other] = run, self.runs[row]
+        goes = [run.wants_step for run in self.runs]
+        self._count = sum(goes)
+        # As many rows at the front are free as there are rows behind that draw.
+        free = [row for row in range(self._count) if not goes[row]]
+        for row, other in zip(free, (other for other in range(self._count, len(goes)) if goes[other]), strict=True):
+            self._move(self.runs[other], other, row)
+            self.runs[row].is_placed = False
+            self.runs[row], self.runs[other] = self.runs[other], self.runs[row]
 
     def _move(self, run: Running, source: int, to: int) -> None:
         if run.is_placed:
@@ -79,6 +78,4 @@ class Batch:
                 if not run.is_placed:
                     self.state.put(row, run.state(), run.most + 1)
                     run.is_placed = True
-            if self._configured != going:
-                self._configured = going
-                self.state.configure([run.row_settings for run in going])
+            self.state.configure([run.row_settings for run in going])

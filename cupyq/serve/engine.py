@@ -3,7 +3,7 @@
 import contextlib
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -26,6 +26,15 @@ def batch_class(rows: int) -> int:
     """
     power = 1 << (rows - 1).bit_length()
     return power // 4 * 3 if power >= 4 and rows <= power // 4 * 3 else power
+
+
+class Part(NamedTuple):
+    """Tokens of a text at places from `begin` on, and the pages of the text."""
+
+    tokens: Sequence[int]
+    begin: int
+    pages: Sequence[int]
+    adapters: Any
 
 
 class Engine:
@@ -54,8 +63,8 @@ class Engine:
         # What CUPYQ_CHECK=1 reads back from the GPU cannot be part of a graph.
         self._uses_graphs = graph and self.queue.has_graphs and not is_checking() and not alone
         self._graphs: dict[tuple, tuple[Any, Any]] = {}
-        self._fed = self.xp.zeros(self.batch * MOST_NEW, np.int32)
-        self._at, self._until = (self.xp.zeros(self.batch, np.int32) for _ in range(2))
+        # Of `verify`: places of rows, where they end, and tokens.
+        self._verified = self.xp.zeros(self.batch * (2 + MOST_NEW), np.int32)
 
     # --- streams ---
 
@@ -104,14 +113,20 @@ class Engine:
 
     # --- passes ---
 
-    def prefill(self, tokens: Sequence[int], begin: int, pages: Sequence[int], adapters: Any = None) -> None:
-        """Keys and values of tokens at positions from `begin` on, into pages of their text. On the caller's stream."""
-        table = np.full((1, self.cache.max_pages), self._nowhere, np.int32)
-        table[0, : len(pages)] = pages
-        ids = self.xp.asarray(np.array([tokens], np.int32))
-        positions = self.xp.asarray(np.array([begin], np.int32))
-        lengths = self.xp.asarray(np.array([begin + len(tokens)], np.int32))
-        self._hidden(ids, positions, lengths, self.xp.asarray(table), self._select([adapters]))
+    def prefill(self, parts: Sequence[Part]) -> None:
+        """Keys and values of these parts of texts, in one pass. On the caller's stream.
+
+        All are as long as the longest: what shorter ones have behind their end goes where their text has nothing yet, and
+        is replaced before anything reads it.
+        """
+        width = max(len(part.tokens) for part in parts)
+        table = np.full((len(parts), self.cache.max_pages), self._nowhere, np.int32)
+        ids, begins = np.zeros((len(parts), width), np.int32), np.array([part.begin for part in parts], np.int32)
+        for row, part in enumerate(parts):
+            table[row, : len(part.pages)] = part.pages
+            ids[row, : len(part.tokens)] = part.tokens
+        arrays = (self.xp.asarray(array) for array in (ids, begins, begins + np.int32(width), table))
+        self._hidden(*arrays, self._select([part.adapters for part in parts]))
 
     def decode(self, rows: Rows, adapters: Sequence[Any]) -> Any:
         """Logits [count, vocab] after the next token of the first rows, as many as there are `adapters`."""
@@ -132,15 +147,13 @@ class Engine:
             inputs = [tuple(self.xp.asarray(array[row : row + 1]) for array in (fed, at, ends)) for row in range(count)]
             return self._each_alone(inputs, adapters).reshape(count, new, -1)
         size = batch_class(count) if self._uses_graphs else count
-        host = np.zeros((size, new), np.int32), np.zeros(size, np.int32)
-        host[0][:count], host[1][:count] = fed, at
+        host = np.zeros((2 + new) * size, np.int32)
+        host[:count], host[2 * size :].reshape(size, new)[:count] = at, fed
+        host[size : 2 * size] = host[:size] + np.int32(new)
         with self.stepping():
-            ids = self._fed[: size * new]
-            copy_values(self.xp.asarray(host[0].ravel()), ids)
-            copy_values(self.xp.asarray(host[1]), self._at[:size])
-            copy_values(self.xp.asarray(host[1] + np.int32(new)), self._until[:size])
-        arrays = (ids.reshape(size, new), self._at[:size], self._until[:size])
-        return self._pass(arrays, adapters)[:count]
+            copy_values(self.xp.asarray(host), self._verified[: len(host)])
+        places, ends, ids = (self._verified[begin:end] for begin, end in ((0, size), (size, 2 * size), (2 * size, len(host))))
+        return self._pass((ids.reshape(size, new), places, ends), adapters)[:count]
 
     def _each_alone(self, inputs: Sequence[tuple], adapters: Sequence[Any]) -> Any:
         """Logits [all tokens, vocab] of rows that pass one by one, launch by launch."""

@@ -12,12 +12,17 @@ import numpy as np
 
 from cupyq.serve.batch import Batch
 from cupyq.serve.driver import Driver
-from cupyq.serve.engine import Engine, Landing
+from cupyq.serve.engine import Engine, Landing, Part
 from cupyq.serve.job import Event, Job, whole_number_from
 from cupyq.serve.pages import Lease, PagePool
 from cupyq.serve.running import Pieces, Running, log_probabilities
 from cupyq.serve.scheduler import Queue
 from cupyq.serve.speculation import ModelDraft, NGramDraft, Speculation
+
+SMALL_PASS = 512
+"""Prompt tokens that pass in the time in which their kernels can be launched: so many together cost what one of them does."""
+LEAST_FILLED = 0.75
+"""Of a larger pass of several prompts, which all count as the longest does, so much must be tokens."""
 
 
 @dataclasses.dataclass
@@ -163,6 +168,22 @@ class Generator:
         """Find nothing again of what was computed so far: for when an adapter of a known name has changed."""
         self._pool.forget()
 
+    def defragment(self) -> int:
+        """Put each text that is kept into pages that follow one another -> pages moved.
+
+        Kernels read pages in any order as fast, so nothing does this by itself: it moves up to the whole cache (12 GB: 0.1 s
+        on an H100). For who reads the cache's arrays. ValueError while there are jobs.
+        """
+        if not self.is_idle:
+            raise ValueError("jobs have pages: put pages in order when all are done")
+        cycles = self._pool.defragment()
+        with self._engine.on_device():
+            self._join()
+            for engine in self._engines:
+                engine.rotate(cycles)
+            self._join()
+        return sum(map(len, cycles))
+
     def __iter__(self) -> Iterator[Event]:
         """Events, until all jobs are done."""
         while not self.is_idle:
@@ -186,8 +207,6 @@ class Generator:
                 self._decode(events)
             else:
                 self._speculate(events)
-            if self.is_idle:
-                self._put_in_order()
         self.steps += 1
         return events
 
@@ -243,39 +262,62 @@ class Generator:
         """Prompts, all but their last token, which the first step of the job feeds: oldest first."""
         if not self._prefilling:
             return
-        budget, size = self._chunk, self._pool.page_size
+        budget = self._chunk
         self._join()
-        for run in list(self._prefilling):
-            end = run.start - 1
-            while run.fed < end and budget > 0:
-                left = end - run.fed
+        while parts := self._next_parts(budget):
+            self._pass_parts(parts)
+            budget -= len(parts) * max(parts.values())
+            events += [Event(run.job, "prefill", count=run.fed, total=run.start - 1) for run in parts]
+        for run in [run for run in self._prefilling if not run.unfed]:
+            self._prefilling.remove(run)
+            self._batch.enter(run)
+        self._join()
+
+    def _next_parts(self, budget: int) -> dict[Running, int]:
+        """Which prompts pass next and how many tokens of each: the oldest, and whole rests of others as long as it is.
+
+        All count as the longest does; together they are within `budget`.
+        """
+        parts: dict[Running, int] = {}
+        size = self._pool.page_size
+        for run in self._prefilling:
+            left = run.unfed
+            if not left:
+                continue
+            if not parts:
                 if self.batch_invariant:
-                    count = min(left, size - run.fed % size)
-                else:
-                    count = left if left <= budget else (run.fed + budget) // size * size - run.fed
+                    left = min(left, size - run.fed % size)
+                count = left if left <= budget else (run.fed + budget) // size * size - run.fed
                 if not 0 < count <= budget:
-                    return self._join()
-                self._pass_prompt(run, count)
-                budget -= count
-                events.append(Event(run.job, "prefill", count=run.fed, total=end))
-            if run.fed >= end:
-                self._prefilling.remove(run)
-                self._batch.enter(run)
-        self._join()
+                    return {}
+                parts[run] = width = count
+                if self.batch_invariant:
+                    return parts
+                continue
+            wider = max(width, left)
+            cells, tokens = wider * (len(parts) + 1), sum(parts.values()) + left
+            fits = max(one.fed for one in (*parts, run)) + wider <= min(engine.capacity for engine in self._engines)
+            if fits and cells <= budget and (cells <= SMALL_PASS or tokens >= cells * LEAST_FILLED):
+                parts[run], width = left, wider
+        return parts
 
     def _join(self) -> None:
         for engine in self._engines:
             engine.join()
 
-    def _pass_prompt(self, run: Running, count: int) -> None:
-        part = run.tokens[run.fed : run.fed + count]
-        self._engine.prefill(part, run.fed, run.lease.pages, run.job.adapters)
+    def _pass_parts(self, counts: dict[Running, int]) -> None:
+        parts = [
+            Part(run.tokens[run.fed : run.fed + count], run.fed, run.lease.pages, run.job.adapters)
+            for run, count in counts.items()
+        ]
+        self._engine.prefill(parts)
         for engine in self._engines[1:]:
-            engine.prefill(part, run.fed, run.lease.pages)
-        run.fed += count
-        run.job.prefilled_tokens += count
-        self.prefilled_tokens += count
-        self._pool.fill(run.lease, run.tokens, run.fed)
+            engine.prefill([part._replace(adapters=None) for part in parts])
+        for run, count in counts.items():
+            run.fed += count
+            run.job.prefilled_tokens += count
+            self.prefilled_tokens += count
+            self._pool.fill(run.lease, run.tokens, run.fed)
 
     # --- a token each ---
 
@@ -385,18 +427,6 @@ class Generator:
             self._arrived(run, drawn[position], logits[position], events)
             if not is_right or run.job.is_done or run.epoch != epoch:
                 return
-
-    # --- order ---
-
-    def _put_in_order(self) -> None:
-        """With nothing to do: texts in one piece again, once as many pages were taken as there are."""
-        if self._pool.taken >= len(self._pool):
-            cycles = self._pool.defragment()
-            if cycles:
-                self._join()
-                for engine in self._engines:
-                    engine.rotate(cycles)
-                self._join()
 
     # --- async ---
 

@@ -61,8 +61,6 @@ class PagePool:
         self._unused: OrderedDict[int, None] = OrderedDict((page, None) for page in range(pages))  # the next to go first
         self._known: dict[bytes, int] = {}
         self._children: dict[bytes, set[int]] = {}
-        self.taken = 0
-        """Pages taken since the pool was last put in order."""
 
     def __len__(self) -> int:
         return len(self._pages)
@@ -214,7 +212,6 @@ class PagePool:
         page, _ = self._unused.popitem(last=False)
         self._forget(page)
         self._pages[page].users = 1
-        self.taken += 1
         return page
 
     def _describe(self, page: int, parent: bytes, tokens: tuple[int, ...]) -> None:
@@ -243,18 +240,15 @@ class PagePool:
 
     # --- order ---
 
-    def defragment(self, least_share: float = 0.1) -> list[list[int]]:
+    def defragment(self) -> list[list[int]]:
         """Number the unused pages anew, texts in one piece -> cycles, as `cache_rotate` takes them, for the arrays.
 
-        ValueError while a job has pages. No cycles, and nothing has changed, where at most `least_share` would move.
+        ValueError while a job has pages.
         """
         if len(self._unused) != len(self._pages):
             used = len(self._pages) - len(self._unused)
             raise ValueError(f"{used} pages are in use: put pages in order when no job has any")
-        self.taken = 0
         sources = self._by_text()
-        if sum(place != source for place, source in enumerate(sources)) <= least_share * len(sources):
-            return []
         places = {source: place for place, source in enumerate(sources)}
         self._pages = [self._pages[source] for source in sources]
         self._unused = OrderedDict((places[page], None) for page in self._unused)

@@ -1,5 +1,6 @@
 """The rows of a batch, each drawn by settings of its own: texts and counters stay where the logits are and move on there."""
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,7 @@ from cupyq.ops.penalties import PenaltyTable, penalize
 from cupyq.ops.sampling import SamplerTable, sample, sample_workspace_size
 
 _NEUTRAL = SamplerSettings.greedy()
+_ROW_BYTES = 8 + 4 * 4  # what `_fields` tells of a row
 
 
 @dataclass(frozen=True)
@@ -53,44 +55,39 @@ class Rows:
 
     def __init__(self, xp: Any, vocab_size: int, count: int):
         self._xp, self._vocab_size, self.count = xp, vocab_size, count
-        self.ids, self.positions, self.lengths = (xp.zeros(count, np.int32) for _ in range(3))
-        self.lengths.fill(1)
-        self.steps = xp.zeros(count, np.int64)
-        self.mu = xp.zeros(count, np.float32)
+        self._memory = xp.empty(_ROW_BYTES * count, np.uint8)  # of all five, so that one copy puts all rows
+        self.steps, self.mu, self.ids, self.positions, self.lengths = self._fields = _fields(self._memory)
         self._history = xp.zeros((count, 0), np.int32)
         self._runs: list[_Run] = []
+        self._configured: list[RowSettings] = []
+        self.put_all([])
 
     # --- where they stand ---
 
     def put(self, row: int, state: RowState, most: int = 0) -> None:
         """Row `row` stands there now; its text may grow to `most` tokens, if its settings look back."""
-        self._put_many(row, [state], most if len(state.history) else 0)
+        for array, value in zip(self._fields, _fields(self._xp.asarray(_host_memory([state]))), strict=True):
+            copy_values(value, array[row : row + 1])
+        self._tell(row, state, most)
 
     def put_all(self, states: Sequence[RowState]) -> None:
-        """The first len(states) rows, in one go."""
-        self._put_many(0, states, max(len(state.history) for state in states))
+        """The first len(states) rows, in one go; nobody's are those behind."""
+        idle = [RowState()] * (self.count - len(states))
+        copy_values(self._xp.asarray(_host_memory([*states, *idle])), self._memory)
+        most = max((len(state.history) for state in states), default=0)
+        for row, state in enumerate(states):
+            self._tell(row, state, most)
 
-    def _put_many(self, row: int, states: Sequence[RowState], most: int) -> None:
-        end = row + len(states)
-        lengths = np.array([state.length for state in states], np.int32)
-        for array, values in (
-            (self.ids, np.array([state.token for state in states], np.int32)),
-            (self.positions, lengths - np.int32(1)),
-            (self.lengths, lengths),
-            (self.steps, np.array([state.step for state in states], np.int64)),
-            (self.mu, np.array([state.mu for state in states], np.float32)),
-        ):
-            copy_values(self._xp.asarray(values), array[row:end])
-        if most:
+    def _tell(self, row: int, state: RowState, most: int) -> None:
+        """What the text of a row is, if its settings look back."""
+        if len(state.history):
             self._widen(most)
-            for index, state in enumerate(states):
-                if len(state.history):
-                    said = self._xp.asarray(np.array(state.history, np.int32))
-                    copy_values(said, self._history[row + index, : len(said)])
+            said = self._xp.asarray(np.array(state.history, np.int32))
+            copy_values(said, self._history[row, : len(said)])
 
     def move(self, source: int, to: int) -> None:
         """Row `to` becomes what row `source` is, tokens included that the host has not seen."""
-        for array in (self.ids, self.positions, self.lengths, self.steps, self.mu):
+        for array in self._fields:
             copy_values(array[source : source + 1], array[to : to + 1])
         if self._history.shape[1]:
             copy_values(self._history[source], self._history[to])
@@ -104,7 +101,10 @@ class Rows:
     # --- how they are drawn ---
 
     def configure(self, rows: Sequence[RowSettings]) -> None:
-        """The settings of the first len(rows) rows."""
+        """The settings of the first len(rows) rows. Free where they are the same objects as before."""
+        if len(rows) == len(self._configured) and all(map(operator.is_, rows, self._configured)):
+            return
+        self._configured = list(rows)
         self._runs, begin = [], 0
         for end in range(1, len(rows) + 1):
             if end == len(rows) or _kind(rows[end].settings) != _kind(rows[begin].settings):
@@ -191,6 +191,28 @@ class Rows:
 
     def _mask(self, ids: Sequence[int]) -> Any:
         return self._xp.asarray(self._host_mask(ids))
+
+
+def _fields(memory: Any) -> tuple[Any, ...]:
+    """steps, mu, ids, positions and lengths of as many rows as there is memory for."""
+    count = len(memory) // _ROW_BYTES
+    fields, begin = [], 0
+    for dtype in (np.int64, np.float32, np.int32, np.int32, np.int32):
+        end = begin + np.dtype(dtype).itemsize * count
+        fields.append(memory[begin:end].view(dtype))
+        begin = end
+    return tuple(fields)
+
+
+def _host_memory(states: Sequence[RowState]) -> np.ndarray:
+    memory = np.empty(_ROW_BYTES * len(states), np.uint8)
+    steps, mu, ids, positions, lengths = _fields(memory)
+    steps[:] = [state.step for state in states]
+    mu[:] = [state.mu for state in states]
+    ids[:] = [state.token for state in states]
+    lengths[:] = [state.length for state in states]
+    positions[:] = lengths - 1
+    return memory
 
 
 def _kind(settings: SamplerSettings) -> tuple:

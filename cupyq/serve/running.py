@@ -1,5 +1,8 @@
 """A job that has begun: its text so far, what may come next, and what each new token means for it."""
 
+import dataclasses
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +18,7 @@ class Running:
 
     def __init__(self, job: Job, tokenizer: Any, pieces: "Pieces | None", vocab_size: int):
         self.job, self._vocab_size = job, vocab_size
+        self.row_settings = RowSettings(job.settings, job.seed)
         self.tokens = list(job.prompt)
         self.healing, healed = None, 0
         if job.heal and pieces is not None and len(self.tokens) > 1:
@@ -51,6 +55,11 @@ class Running:
         return self.start + self.job.max_new_tokens - 1
 
     @property
+    def unfed(self) -> int:
+        """Tokens of the prompt that have to pass: all but the last, which the first step feeds."""
+        return max(self.start - 1 - self.fed, 0)
+
+    @property
     def certain(self) -> int:
         """Tokens whose keys and values are there, and that will not be taken back."""
         if self.fed < self.start - 1:
@@ -63,20 +72,20 @@ class Running:
 
     # --- for the next draw ---
 
-    @property
-    def row_settings(self) -> RowSettings:
-        return RowSettings(self.job.settings, self.job.seed)
+    @functools.cached_property
+    def draft_settings(self) -> RowSettings:
+        """For a draft model, without what looks back: guesses are cheap, not exact."""
+        neutral = {"repetition_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0, "dry_multiplier": 0.0}
+        settings = dataclasses.replace(self.job.settings, **neutral, mirostat_tau=0.0)
+        return RowSettings(settings, self.job.seed)
 
-    def state(self, drawn: int = 0, tokens: list[int] | None = None) -> RowState:
-        """Where its row stands after all tokens the host has seen, or after `tokens`, `drawn` of them further ones."""
-        tokens = self.tokens if tokens is None else tokens
-        step = self._random_step(len(self.tokens) - self.start + drawn)
-        history = tokens if self.job.settings.looks_back else ()
-        return RowState(tokens[-1], len(tokens), step, self.mu, history)
-
-    def _random_step(self, index: int) -> int:
+    def state(self, ahead: Sequence[int] = ()) -> RowState:
+        """Where its row stands after all tokens the host has seen, and those `ahead`."""
+        length = len(self.tokens) + len(ahead)
         # One random number for each place in the text, and new ones after something was taken back.
-        return (self.job.rewinds << 32) | index
+        step = (self.job.rewinds << 32) | (length - self.start)
+        history = [*self.tokens, *ahead] if self.job.settings.looks_back else ()
+        return RowState(ahead[-1] if ahead else self.tokens[-1], length, step, self.mu, history)
 
     @property
     def waits_for_tokens(self) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from cupyq.models.sampler import SamplerSettings
+from cupyq._arrays import copy_values
 from cupyq.serve.engine import MOST_NEW, Engine, Landing
 from cupyq.serve.job import whole_number_from
 from cupyq.serve.rows import Rows
@@ -81,16 +81,15 @@ class ModelDraft:
 
         The last guess is fed too, so that its keys and values are there if it is right.
         """
-        drawn = []
-        for _ in range(count + 1):
-            logits = engine.decode(rows, [None] * batch)
-            with engine.stepping():
-                drawn.append(rows.draw(logits).copy())
         with engine.stepping():
-            if not count:
-                return np.zeros((batch, 0), np.int32)
-            tokens = engine.xp.stack(drawn[:count], axis=1)
-            return tokens if engine.xp is np else tokens.get(stream=engine.queue.stream)
+            drawn = engine.xp.empty((count, rows.count), np.int32)
+        for place in range(count + 1):
+            logits = engine.decode(rows, [None] * batch)
+            if place < count:
+                with engine.stepping():
+                    rows.draw(logits)
+                    copy_values(rows.ids, drawn[place])
+        return Landing(engine, {"ids": drawn}).receive()["ids"].T[:batch]
 
 
 class Speculation:
@@ -101,6 +100,8 @@ class Speculation:
 
     def __init__(self, draft: NGramDraft | ModelDraft, engines: Sequence[Engine]):
         self._draft, self._engines = draft, engines
+        self._verified: dict[int, Rows] = {}
+        """By the number of tokens verified: rows for as many of every row of the batch."""
         if isinstance(draft, ModelDraft):
             engine = engines[1]
             with engine.stepping():  # the same arrays at every step: a captured pass reads them
@@ -119,7 +120,7 @@ class Speculation:
         engine = self._engines[1]
         with engine.stepping():
             self._rows.put_all([dataclasses.replace(run.state(), history=()) for run in runs])
-            self._rows.configure([dataclasses.replace(run.row_settings, settings=_forgetful(run.job.settings)) for run in runs])
+            self._rows.configure([run.draft_settings for run in runs])
         drawn = self._draft.guess(engine, self._rows, len(runs), max(most.values()))
         guesses = {}
         for row, run in enumerate(runs):
@@ -139,8 +140,7 @@ class Speculation:
             fed[row, : 1 + len(guessed)] = [run.tokens[-1], *guessed]
             at[row] = len(run.tokens) - 1
             for position in range(new):  # those beyond the guesses are drawn too, and nobody looks at them
-                ahead = guessed[:position]
-                states.append(run.state(len(ahead), [*run.tokens, *ahead]))
+                states.append(run.state(guessed[:position]))
                 settings.append(run.row_settings)
                 if position <= len(guessed):
                     if masks[run][position] is not None:
@@ -150,7 +150,9 @@ class Speculation:
         logits = engine.verify(fed, at, [run.job.adapters for run in runs])
         with engine.stepping():
             logits = logits.reshape(count * new, -1)
-            rows = Rows(engine.xp, logits.shape[1], count * new)
+            if new not in self._verified:
+                self._verified[new] = Rows(engine.xp, logits.shape[1], engine.batch * new)
+            rows = self._verified[new]
             before = Landing(engine, {place: logits[place] for place in told})  # penalties change logits
             rows.put_all(states)
             rows.configure(settings)
@@ -160,10 +162,3 @@ class Speculation:
         for row, run in enumerate(runs):
             run.mu = float(arrays["mu"][row * new])
         return [(tokens[row], [kept.get(row * new + i) for i in range(new)]) for row in range(count)]
-
-
-def _forgetful(settings: SamplerSettings) -> SamplerSettings:
-    """Without what looks back: guesses are cheap, not exact."""
-    return dataclasses.replace(
-        settings, repetition_penalty=1.0, frequency_penalty=0.0, presence_penalty=0.0, dry_multiplier=0.0, mirostat_tau=0.0
-    )
