@@ -29,7 +29,7 @@ from cupyq.generate import SamplerSettings, encode, generate
 from cupyq.models import load_model
 from cupyq.serve import Event, Generator, Job, NGramDraft
 from cupyq.serve import generator as serve_generator
-from cupyq.serve.engine import batch_class
+from cupyq.serve.engine import batch_class, pass_class
 from cupyq.serve.pages import MustWait
 from cupyq.serve.running import log_probabilities
 from cupyq.serve.scheduler import Queue
@@ -283,6 +283,9 @@ def test_texts_are_found_again_in_pages_put_in_order():
 def test_classes_of_batches():
     sizes = [batch_class(rows) for rows in range(1, 257)]
     assert all(rows <= size <= rows * 1.5 for rows, size in enumerate(sizes, 1)) and len(set(sizes)) == 16
+    for rows, width in np.random.default_rng(0).integers(1, 600, (200, 2)).tolist():
+        largest, longest = pass_class(rows, width)
+        assert rows <= largest < 2 * rows and width <= longest < max(2 * width, 17)
 
 
 # --- texts ------------------------------------------------------------------------------------------------------------
@@ -747,7 +750,8 @@ def test_graphs_change_nothing_on_the_gpu(cupy):
         rng = np.random.default_rng(13)
         jobs = [random_job(rng, settings=kinds[i % len(kinds)], seed=i, longest=20) for i in range(24)]
         churn(generator, np.random.default_rng(14), list(jobs), cancel_share=0)
-        assert bool(generator._engine._graphs) == options.get("graph", True)
+        has_graphs = options.get("graph", True)
+        assert bool(generator._engine._steps) == bool(generator._engine._passes) == has_graphs
         return jobs
 
     everything = [GREEDY, SAMPLED, PENALISED, EVERYTHING]

@@ -22,6 +22,7 @@ from cupyq.ops.attention import attention_workspace_size
 from cupyq.ops.elementwise import add
 from cupyq.ops.embedding import embedding
 from cupyq.ops.qmatmul import FUSED_ROWS, qmatmul_workspace_size
+from cupyq.ops.qmatmul_config import COUNTERS
 
 PREFILL_CHUNK = 2048
 """Tokens of a row that pass through the layers at once when there is a cache: bounds the memory of activations."""
@@ -195,12 +196,21 @@ class Model:
         """float32 values of the workspaces of a Step, large enough for all layers; none on NumPy."""
         if self.xp is np:
             return {}
-        matrices = [matrix for layer in self.layers for matrix in layer.matrices()]
-        matrices += [self.head.weight] if self.head.is_quantized else []
         return {
-            "workspace": max((qmatmul_workspace_size(matrix, FUSED_ROWS) for matrix in matrices), default=0),
+            "workspace": max((qmatmul_workspace_size(matrix, FUSED_ROWS) for matrix in self._matrices()), default=0),
             "attention_workspace": attention_workspace_size(self.config.head_dim),
         }
+
+    @functools.cached_property
+    def _values_per_row(self) -> int:
+        """What a row beyond FUSED_ROWS adds to the workspace of the products."""
+        sizes = [[qmatmul_workspace_size(matrix, FUSED_ROWS + more) for more in (0, 1)] for matrix in self._matrices()]
+        return max(larger - smaller for smaller, larger in sizes)
+
+    def _matrices(self) -> list[Any]:
+        """Of all layers, and of the head where it is quantized."""
+        matrices = [matrix for layer in self.layers for matrix in layer.matrices()]
+        return [*matrices, self.head.weight] if self.head.is_quantized else matrices
 
     def decoder(
         self,
@@ -251,7 +261,8 @@ class Model:
                 limit = self.config.max_seq_len
                 raise ValueError(f"ids: {seq} tokens per row, but the model's context is {limit}: shorten them")
             positions = self.xp.zeros(batch, np.int32)
-            step = Step(self.sin, self.cos, positions, adapters=selection)
+            workspaces = self._workspaces(ids.size, {})
+            step = Step(self.sin, self.cos, positions, adapters=selection, **workspaces)
             return self.logits(self.hidden(ids, step), step, last_only)
         self.check_cache(cache, batch)
         cache.make_room(seq)
@@ -289,9 +300,18 @@ class Model:
         selection: Selection | None,
     ) -> Step:
         """The Step that adds `new` tokens to each row of a cache, which has room; the others are its fields."""
-        # Beyond so many rows a product may want a larger workspace, and allocates it.
-        workspaces = cache.workspaces if cache.batch * new <= FUSED_ROWS else {}
+        workspaces = self._workspaces(cache.batch * new, cache.workspaces)
         return Step(self.sin, self.cos, positions, cache, kv_lengths, selection, **workspaces)
+
+    def _workspaces(self, rows: int, kept: dict[str, Any]) -> dict[str, Any]:
+        """For a Step of so many rows: those that are kept, but beyond FUSED_ROWS a larger one for its products."""
+        if rows <= FUSED_ROWS or not self._workspace_sizes.get("workspace"):
+            return kept
+        # A workspace for all of them is emptied once; each product's own would be a launch more, and overlap with nothing.
+        size = self._workspace_sizes["workspace"] + (rows - FUSED_ROWS) * self._values_per_row
+        workspace = self.xp.empty(size, float32)
+        workspace[:COUNTERS] = 0
+        return {**kept, "workspace": workspace}
 
     def hidden(self, ids: Any, step: Step) -> Any:
         """The residual after the last layer, float32 [batch, seq, hidden_size], of int32 ids [batch, seq] at this step.

@@ -65,15 +65,23 @@ class StreamQueue:
             self.pool = self.cuda.MemoryPool()
             self._event = self.cuda.Event(disable_timing=True)
 
+    def new_pool(self) -> Any:
+        """Another pool of memory, for `entered`."""
+        return self.cuda.MemoryPool()
+
     @contextlib.contextmanager
-    def entered(self) -> Iterator[None]:
-        """Work is queued here: behind what the caller's stream has, and before what it is given later."""
+    def entered(self, pool: Any = None) -> Iterator[None]:
+        """Work is queued here: behind what the caller's stream has, and before what it is given later.
+
+        Its memory comes from `pool`, else from the queue's own.
+        """
+        malloc = (self.pool if pool is None else pool).malloc
         with self.cuda.Device(self.device_id):
             caller = self.cuda.get_current_stream()
             self._event.record(caller)
             self.stream.wait_event(self._event)
             try:
-                with self.stream, self.cuda.using_allocator(self.pool.malloc):
+                with self.stream, self.cuda.using_allocator(malloc):
                     yield
             finally:
                 self._event.record(self.stream)

@@ -2,7 +2,8 @@
 
 import contextlib
 import copy
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,6 +27,20 @@ def batch_class(rows: int) -> int:
     """
     power = 1 << (rows - 1).bit_length()
     return power // 4 * 3 if power >= 4 and rows <= power // 4 * 3 else power
+
+
+SMALL_PASS = 512
+"""Prompt tokens that pass in less time than their kernels can be launched one by one: passes of as many are graphs, too."""
+_SHORTEST = 16  # tokens; shorter prompts count as long
+
+
+def pass_class(rows: int, width: int) -> tuple[int, int]:
+    """(rows, tokens of each) that a graph is captured for, so that it takes so many parts of prompts, the longest of `width`.
+
+    >>> pass_class(3, 100), pass_class(1, 5)
+    ((4, 128), (1, 16))
+    """
+    return 1 << (rows - 1).bit_length(), max(_SHORTEST, 1 << (width - 1).bit_length())
 
 
 class Part(NamedTuple):
@@ -62,9 +77,10 @@ class Engine:
         self.queue: Any = HostQueue() if model.xp is np else StreamQueue(model.xp, model.embedding.device.id)
         # What CUPYQ_CHECK=1 reads back from the GPU cannot be part of a graph.
         self._uses_graphs = graph and self.queue.has_graphs and not is_checking() and not alone
-        self._graphs: dict[tuple, tuple[Any, Any]] = {}
-        # Of `verify`: places of rows, where they end, and tokens.
+        self._steps, self._passes = Graphs(self.queue), Graphs(self.queue)
+        # Of `verify`: places of rows, where they end, and tokens; of `prefill` the same, and the pages of each.
         self._verified = self.xp.zeros(self.batch * (2 + MOST_NEW), np.int32)
+        self._passed = self.xp.zeros(SMALL_PASS + SMALL_PASS // _SHORTEST * (2 + self.cache.max_pages), np.int32)
 
     # --- streams ---
 
@@ -114,19 +130,38 @@ class Engine:
     # --- passes ---
 
     def prefill(self, parts: Sequence[Part]) -> None:
-        """Keys and values of these parts of texts, in one pass. On the caller's stream.
+        """Keys and values of these parts of texts, in one pass. On the caller's stream, between `join`s.
 
         All are as long as the longest: what shorter ones have behind their end goes where their text has nothing yet, and
         is replaced before anything reads it.
         """
-        width = max(len(part.tokens) for part in parts)
-        table = np.full((len(parts), self.cache.max_pages), self._nowhere, np.int32)
-        ids, begins = np.zeros((len(parts), width), np.int32), np.array([part.begin for part in parts], np.int32)
+        rows, width, furthest = len(parts), max(len(part.tokens) for part in parts), max(part.begin for part in parts)
+        selection = self._select([part.adapters for part in parts])
+        key = pass_class(rows, width)
+        is_graph = self._uses_graphs and selection is None
+        is_graph = is_graph and math.prod(key) <= SMALL_PASS and furthest + key[1] <= self.capacity
+        if is_graph:
+            rows, width = key
+        host = np.zeros(rows * (2 + width + self.cache.max_pages), np.int32)
+        begins, ends, ids, table = _views(host, rows, (), (), (width,), (self.cache.max_pages,))
+        table[...] = self._nowhere
         for row, part in enumerate(parts):
+            begins[row] = part.begin
             table[row, : len(part.pages)] = part.pages
             ids[row, : len(part.tokens)] = part.tokens
-        arrays = (self.xp.asarray(array) for array in (ids, begins, begins + np.int32(width), table))
-        self._hidden(*arrays, self._select([part.adapters for part in parts]))
+        ends[...] = begins + np.int32(width)
+        if is_graph:
+            arrays = self._passed[: len(host)]
+            with self.stepping():
+                copy_values(self.xp.asarray(host), arrays)
+        else:
+            arrays = self.xp.asarray(host)
+        begins, ends, ids, table = _views(arrays, rows, (), (), (width,), (self.cache.max_pages,))
+        compute = lambda: self._hidden(ids, begins, ends, table, selection)  # noqa: E731
+        if is_graph:
+            self._passes.result(key, compute, at_once=False)
+        else:
+            compute()
 
     def decode(self, rows: Rows, adapters: Sequence[Any]) -> Any:
         """Logits [count, vocab] after the next token of the first rows, as many as there are `adapters`."""
@@ -148,12 +183,13 @@ class Engine:
             return self._each_alone(inputs, adapters).reshape(count, new, -1)
         size = batch_class(count) if self._uses_graphs else count
         host = np.zeros((2 + new) * size, np.int32)
-        host[:count], host[2 * size :].reshape(size, new)[:count] = at, fed
-        host[size : 2 * size] = host[:size] + np.int32(new)
+        places, ends, ids = _views(host, size, (), (), (new,))
+        places[:count], ids[:count] = at, fed
+        ends[...] = places + np.int32(new)
         with self.stepping():
             copy_values(self.xp.asarray(host), self._verified[: len(host)])
-        places, ends, ids = (self._verified[begin:end] for begin, end in ((0, size), (size, 2 * size), (2 * size, len(host))))
-        return self._pass((ids.reshape(size, new), places, ends), adapters)[:count]
+        places, ends, ids = _views(self._verified[: len(host)], size, (), (), (new,))
+        return self._pass((ids, places, ends), adapters)[:count]
 
     def _each_alone(self, inputs: Sequence[tuple], adapters: Sequence[Any]) -> Any:
         """Logits [all tokens, vocab] of rows that pass one by one, launch by launch."""
@@ -175,22 +211,12 @@ class Engine:
         selection = self._select([*adapters, *[None] * (size - len(adapters))])
         with self.stepping():
             self._upload_table()
-        with self.queue.entered():
+        if self._uses_graphs and selection is None:
             # A graph reads the arrays that it was captured with.
-            key = (size, new, *(array.data.ptr for array in arrays)) if self._uses_graphs else None
-            if selection is None and key in self._graphs:
-                graph, logits = self._graphs[key]
-                graph.launch()
-                return logits
-            memory = self.queue.memory_bytes()
-            logits = self._logits(ids, positions, lengths, table, selection)
-            if self.queue.memory_bytes() != memory:
-                self._graphs.clear()  # a pool that ran short has given back what is free now, where graphs have arrays
-            if self._uses_graphs and selection is None:
-                kept: list[Any] = []
-                compute = lambda: kept.append(self._logits(ids, positions, lengths, table, None))  # noqa: E731
-                self._graphs[key] = (self.queue.captured(compute), kept[0])
-            return logits
+            key = (size, new, *(array.data.ptr for array in arrays))
+            return self._steps.result(key, lambda: self._logits(ids, positions, lengths, table, None))
+        with self.queue.entered():
+            return self._logits(ids, positions, lengths, table, selection)
 
     def _logits(self, ids: Any, positions: Any, lengths: Any, table: Any, selection: Any) -> Any:
         hidden, step = self._hidden(ids, positions, lengths, table, selection)
@@ -206,6 +232,49 @@ class Engine:
         if all(choice is None for choice in adapters):
             return None
         return self.model.select_adapters(adapters, len(adapters))
+
+
+class Graphs:
+    """Computations of fixed arrays, by key, captured as CUDA graphs with memory that nobody else is given."""
+
+    def __init__(self, queue: Any):
+        self._queue = queue
+        self._pool = queue.new_pool() if queue.has_graphs else None
+        self._kept: dict[tuple, tuple[Any, Any]] = {}
+        self._seen: set[tuple] = set()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def result(self, key: tuple, compute: Callable[[], Any], *, at_once: bool = True) -> Any:
+        """What compute() gives, of which the next replay writes the same arrays anew.
+
+        Captured when first asked for, or if not `at_once` when asked for again.
+        """
+        with self._queue.entered(self._pool):
+            if key in self._kept:
+                graph, result = self._kept[key]
+                graph.launch()
+                return result
+            memory = self._pool.total_bytes()
+            result = compute()
+            if self._pool.total_bytes() != memory:
+                self._kept.clear()  # a pool that ran short has given back what is free now, where graphs have arrays
+            if at_once or key in self._seen:
+                kept: list[Any] = []
+                self._kept[key] = self._queue.captured(lambda: kept.append(compute())), kept[0]
+            self._seen.add(key)
+            return result
+
+
+def _views(memory: Any, rows: int, *shapes: tuple[int, ...]) -> list[Any]:
+    """Arrays [rows, *shape] that lie one behind the other."""
+    views, begin = [], 0
+    for shape in shapes:
+        end = begin + rows * math.prod(shape)
+        views.append(memory[begin:end].reshape(rows, *shape))
+        begin = end
+    return views
 
 
 @contextlib.contextmanager

@@ -12,15 +12,13 @@ import numpy as np
 
 from cupyq.serve.batch import Batch
 from cupyq.serve.driver import Driver
-from cupyq.serve.engine import Engine, Landing, Part
+from cupyq.serve.engine import SMALL_PASS, Engine, Landing, Part
 from cupyq.serve.job import Event, Job, whole_number_from
 from cupyq.serve.pages import Lease, PagePool
 from cupyq.serve.running import Pieces, Running, log_probabilities
 from cupyq.serve.scheduler import Queue
 from cupyq.serve.speculation import ModelDraft, NGramDraft, Speculation
 
-SMALL_PASS = 512
-"""Prompt tokens that pass in the time in which their kernels can be launched: so many together cost what one of them does."""
 LEAST_FILLED = 0.75
 """Of a larger pass of several prompts, which all count as the longest does, so much must be tokens."""
 
