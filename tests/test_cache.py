@@ -302,6 +302,30 @@ def test_whatever_happens_each_row_reads_its_own(seed):
     assert refused > 0
 
 
+@on_both
+@pytest.mark.parametrize("kind", KINDS)
+def test_pages_are_copied_and_moved_in_every_array(request, library, kind):
+    xp = np if library == "numpy" else request.getfixturevalue("cupy")
+    cache = paged(kind, pages=5, xp=xp)
+    cache.make_room(5)
+    arrays = [array.view(np.uint8) for array in arrays_of(cache)]
+    for index, bits in enumerate(arrays):
+        for page in range(5):
+            bits[page] = 10 * index + page
+    table, lengths = host(cache.block_table).copy(), cache.lengths
+
+    def check(pages):
+        for index, bits in enumerate(arrays):
+            expected = 10 * index + np.array(pages)[:, None, None, None]
+            assert np.array_equal(host(bits), np.broadcast_to(expected, bits.shape))
+
+    cache.copy_page(3, 1)
+    check([0, 3, 2, 3, 4])
+    cache.rotate([[0, 2, 3], [1, 4]])
+    check([2, 4, 3, 0, 3])
+    assert np.array_equal(host(cache.block_table), table) and cache.lengths == lengths and cache.free_pages == 1
+
+
 # --- attention through them -------------------------------------------------------------------------------------------
 
 

@@ -5,7 +5,7 @@ import pytest
 from conftest import golden
 from kernel_checks import banded, bfloat16, host, move, on_both, same_bits
 
-from cupyq.ops.cache_pages import cache_rotate, count_match
+from cupyq.ops.cache_pages import cache_rotate, count_match, cycles_of
 
 
 def random_pages(seed, shape, dtype):
@@ -156,6 +156,20 @@ def test_numpy_refuses_pages_outside():
     with pytest.raises(ValueError, match="cache is read-only"):
         cache_rotate(cache, np.array([0, 1], np.int32))
     assert same_bits(cache, before)
+
+
+def test_cycles_bring_every_page_to_its_place():
+    rng = np.random.default_rng(0)
+    for count in (0, 1, 2, 7, 30):
+        sources = rng.permutation(count)
+        pages = np.arange(count)[:, None] * 10
+        expected = pages[sources]
+        cycles = cycles_of(sources.tolist())
+        for cycle in cycles:
+            cache_rotate(pages, np.array(cycle, np.int32))
+        assert np.array_equal(pages, expected)
+        moved = np.flatnonzero(sources != np.arange(count)).tolist()
+        assert sorted(sum(cycles, [])) == moved  # each once, and no page that stays
 
 
 # --- count_match ------------------------------------------------------------------------------------------------------

@@ -74,7 +74,6 @@ def test_a_published_config_says_what_its_json_says(folder):
         "max_position_embeddings",
         "rms_norm_eps",
         "tie_word_embeddings",
-        "bos_token_id",
     ):
         assert getattr(config, key) == data[key], key
     assert config.head_dim == data.get("head_dim", data["hidden_size"] // data["num_attention_heads"])
@@ -102,7 +101,7 @@ def test_the_fixtures_differ_where_they_should():
     assert (by_name["mixtral"].num_experts, by_name["mixtral"].num_experts_per_tok) == (4, 2)
     exl2, gptq = by_name["shakespeare-exl2-2.5"].quantization, by_name["shakespeare-gptq-g32"].quantization
     assert (exl2.method, exl2.bits, exl2.head_bits) == ("exl2", 2.5, 6)
-    assert (gptq.method, gptq.bits, gptq.group_size, gptq.desc_act, gptq.zeros) == ("gptq", 4, 32, False, "v1")
+    assert (gptq.method, gptq.bits, gptq.group_size, gptq.zeros) == ("gptq", 4, 32, "v1")
     assert by_name["shakespeare"].quantization is None
 
 
@@ -115,7 +114,7 @@ def test_what_may_be_left_out_of_a_llama_config(read):
     assert config.rope_theta == 10000.0 and config.rope_scaling is None
     assert config.attention_scale == 0.25
     assert config.windows == (None,) * 4
-    assert config.eos_token_ids == () and config.bos_token_id is None and config.dtype is None
+    assert config.eos_token_ids == () and config.dtype is None
     assert not config.tie_word_embeddings and not config.has_qkv_bias and not config.has_mlp_bias
     assert config.attention_softcap is None and config.logit_softcap is None
     assert read(MIXTRAL).rope_theta == 1e6
@@ -200,7 +199,7 @@ def test_rope_scaling_cannot_be_changed_behind_a_model(read):
 def test_gptq_settings(read):
     gptq = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": True}
     found = read(LLAMA | {"quantization_config": gptq | {"checkpoint_format": "gptq_v2"}}).quantization
-    assert (found.bits, found.group_size, found.desc_act, found.zeros) == (4, 128, True, "v2")
+    assert (found.bits, found.group_size, found.zeros) == (4, 128, "v2")
     assert read(LLAMA | {"quantization_config": gptq}).quantization.zeros == "v1"
     mixed = read(LLAMA | {"quantization_config": gptq | {"dynamic": {"+:.*up.*": {"bits": 8}}}}).quantization
     assert mixed.bits is None and mixed.group_size is None

@@ -185,11 +185,14 @@ def test_wrong_prompts(prompts, error, message):
         decoder.start(prompts)
 
 
-@pytest.mark.parametrize("n", [-1, 1.0, True])
-def test_wrong_numbers_of_steps(n):
+@pytest.mark.parametrize(
+    ("n", "error", "message"),
+    [(-1, ValueError, "0 or more, got -1"), (1.0, TypeError, "a whole number"), (True, TypeError, "bool")],
+)
+def test_wrong_numbers_of_steps(n, error, message):
     decoder = loaded("qwen2").decoder(max_len=8, settings=GREEDY)
     decoder.start([PROMPT])
-    with pytest.raises(ValueError, match="number of steps must be a whole number"):
+    with pytest.raises(error, match=f"the number of steps must be .*{message}"):
         decoder.run(n)
     with pytest.raises(ValueError, match="4 more steps pass the decoder's max_len of 8: ask for at most 3"):
         list(decoder.stream(5))

@@ -109,6 +109,15 @@ def test_prompts_of_every_integer_kind_are_taken():
         assert generate(FakeModel(), prompt, max_new_tokens=3, settings=SamplerSettings.greedy()).tokens == expected
 
 
+def test_numbers_of_every_integer_kind_are_taken():
+    kinds = {"top_k": 5, "seed": 7, "repetition_range": -1, "repetition_decay": 2, "dry_range": 3}
+    options = {"repetition_penalty": 1.5, "dry_multiplier": 1.0}
+    expected = generate(FakeModel(spread=1.0), [4], max_new_tokens=9, settings=SamplerSettings(**kinds, **options)).tokens
+    for kind in (np.int64, np.int8):
+        settings = SamplerSettings(**{name: kind(value) for name, value in kinds.items()}, **options)
+        assert generate(FakeModel(spread=1.0), [4], max_new_tokens=kind(9), settings=settings).tokens == expected
+
+
 @pytest.mark.parametrize(
     ("prompt", "new", "error", "says"),
     [
@@ -123,7 +132,7 @@ def test_prompts_of_every_integer_kind_are_taken():
         ([1] * 65, 1, ValueError, "65 tokens, the model's context 64"),
         ([1] * 60, 6, ValueError, "at most 5 new tokens"),
         ([1], 0, ValueError, "max_new_tokens"),
-        ([1], 2.5, ValueError, "max_new_tokens"),
+        ([1], 2.5, TypeError, "max_new_tokens must be a whole number, got float"),
     ],
 )
 def test_wrong_calls_say_what_is_wrong(prompt, new, error, says):
@@ -411,6 +420,25 @@ def test_pieces_join_to_the_whole_text(byte_level, byte_fallback):
             before = tokenizer.decode(ids[:cut])
             if before and "\ufffd" not in before:
                 assert before + "".join(pieces(tokenizer, ids[cut:], ids[:cut])) == tokenizer.decode(ids), trial
+
+
+def test_a_copy_goes_on_by_itself(byte_level):
+    ids = encode(byte_level, "né 😀漢 and on " * 9)  # longer than a window
+    whole = pieces(byte_level, ids)
+    decoder = StreamDecoder(byte_level)
+    for at, token in enumerate(ids):
+        before = decoder.copy()
+        assert decoder.add(token) == whole[at]
+        for other in (0, *ids[:3]):
+            before.add(other)
+    assert decoder.finish() == whole[-1]
+    for cut in (1, 5, len(ids) - 1):
+        decoder = StreamDecoder(byte_level)
+        for token in ids[:cut]:
+            decoder.add(token)
+        twin = decoder.copy()
+        for text in (decoder, twin):
+            assert [*(text.add(token) for token in ids[cut:]), text.finish()] == whole[cut:]
 
 
 def test_the_space_after_the_prompt_is_kept(byte_fallback):

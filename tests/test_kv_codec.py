@@ -370,6 +370,23 @@ def test_cache_codes_refuse(library):
         good.kind = "fp8"
 
 
+@on_both
+def test_numbers_of_every_integer_kind_are_taken(library):
+    """Also of those that cannot hold the sum of two of them."""
+    x, (codes, _) = random_x(1, (2, 300, 1, 64)), random_cache(2, (2, 300, 1, 64), "fp8")
+    found = []
+    for kind in (int, np.int64, np.uint8):
+        there = move(library, codes.copy())
+        kv_encode(move(library, x), there, None, kind="fp8", start=kind(200), width=kind(100), rows=kind(2))
+        found.append(host(there))
+    assert not same_bits(found[0], codes) and same_bits(found[1], found[0]) and same_bits(found[2], found[0])
+    paged = [move(library, codes.copy()) for _ in range(2)]
+    for there, kind in zip(paged, (int, np.uint8), strict=True):
+        where = {"lengths": move(library, np.array([40], np.int32)), "block_table": move(library, np.array([[0, 1]], np.int32))}
+        kv_encode_paged(move(library, x), there, None, kind="fp8", width=kind(255), **where)
+    assert not same_bits(host(paged[0]), codes) and same_bits(host(paged[1]), host(paged[0]))
+
+
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 
@@ -413,9 +430,9 @@ def test_refusals(library, op):
     odd_dim, odd_chunks = np.ones((2, 4, 1, 48), np.float16), np.ones((1, 3, 1, 32), np.float16)
     refused(lambda: call(x=odd_dim), ValueError, "x must have a head_dim .* multiple of 32 for q4, got 48")
     refused(lambda: call(x=odd_chunks), ValueError, "x must hold whole chunks of 64 values, got shape .* even")
-    refused(lambda: call(rows=3), ValueError, "rows must be 0 to 2, got 3")
-    refused(lambda: call(start=-1), ValueError, "start must be 0 to 4, got -1")
-    refused(lambda: call(start=2, width=3), ValueError, "width must be 0 to 2, got 3")
+    refused(lambda: call(rows=3), ValueError, "rows must be from 0 to 2, got 3")
+    refused(lambda: call(start=-1), ValueError, "start must be from 0 to 4, got -1")
+    refused(lambda: call(start=2, width=3), ValueError, "width must be from 0 to 2, got 3")
     refused(lambda: call(width=1.0), TypeError, "width must be a whole number, got float")
     memory = move(library, np.zeros(1024, np.uint8))
     overlapping = {"x": memory.view(np.float16).reshape(REFUSED_SHAPE), "codes": memory[:256].reshape(2, 4, 1, 32)}
@@ -436,7 +453,7 @@ def test_paged_refusals(library, op):
     refused(lambda: call(block_table=np.zeros(2, np.int32)), ValueError, "block_table must have 2 dimensions")
     refused(lambda: call(block_table=np.zeros((2, 1), np.int64)), TypeError, "block_table must have dtype int32")
     if width:
-        refused(lambda: call(width=-1), ValueError, "width must be 0 to")
+        refused(lambda: call(width=-1), ValueError, "width must be from 0 to")
     memory = move(library, np.zeros(2048, np.uint8))
     overlapping = {
         "x": memory[:1024].view(np.float16).reshape(REFUSED_SHAPE),

@@ -632,7 +632,7 @@ def test_bad_arguments(arguments, error, message):
 
 
 def test_max_seq_len_limits_context_and_cache():
-    model = load_model(ARCH / "qwen2", "numpy", max_seq_len=16)
+    model = load_model(ARCH / "qwen2", "numpy", max_seq_len=np.int64(16))
     assert model.config.max_seq_len == 16 and model.new_cache().capacity == 16 and len(model.sin) == 16
     with pytest.raises(ValueError, match="the model's context is 16"):
         model.forward(range_of(17))

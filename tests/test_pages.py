@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cupyq.ops.cache_pages import cache_rotate
-from cupyq.serve.pages import MustWait, PagePool, common_length, cycles_of, digest_of
+from cupyq.serve.pages import MustWait, PagePool, common_length, digest_of
 
 SIZE = 4
 
@@ -192,17 +192,6 @@ def test_adapters_do_not_share():
     filled(cache, list(range(9)), salt=b"a")
     assert cache.begin(list(range(9)), 9, b"b").cached == 0
     assert digest_of(b"", [0]) != digest_of(b"", [1])
-
-
-def test_cycles_bring_every_page_to_its_place():
-    rng = np.random.default_rng(0)
-    for count in (1, 2, 7, 30):
-        sources = rng.permutation(count)
-        pages = np.arange(count)[:, None] * 10
-        expected = pages[sources]
-        for cycle in cycles_of(sources.tolist()):
-            cache_rotate(pages, np.array(cycle, np.int32))
-        assert np.array_equal(pages, expected)
 
 
 def test_texts_are_in_one_piece_after_defragmenting():

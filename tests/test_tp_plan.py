@@ -147,7 +147,7 @@ def test_shares_follow_memory():
 def test_equal_inputs_give_equal_plans():
     plans = [TPPlan.of(Sizes(), 3, w) for w in ([2, 1, 1], (2.0, 1.0, 1.0), np.array([2, 1, 1], np.float32), (80, 40, 40))]
     assert len(set(plans)) == 1
-    assert TPPlan.of(Sizes(), 3) == TPPlan.of(Sizes(), 3, [0.1] * 3) != plans[0]
+    assert TPPlan.of(Sizes(), 3) == TPPlan.of(Sizes(), np.int64(3)) == TPPlan.of(Sizes(), 3, [0.1] * 3) != plans[0]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from cupyq.models.sampler import Sampler, SamplerSettings
+from cupyq.ops._common import whole_number
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,7 @@ def generate(
     """
     settings = SamplerSettings() if settings is None else settings
     prompt = check_ids(prompt_ids, model.config.vocab_size, "prompt_ids")
-    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be a whole number of 1 or more, got {max_new_tokens!r}")
+    max_new_tokens = whole_number(max_new_tokens, "max_new_tokens", 1)
     # The last token drawn is never fed back, so it needs no place in the cache.
     needed, limit = len(prompt) + max_new_tokens - 1, model.config.max_seq_len
     if len(prompt) > limit:

@@ -1,5 +1,6 @@
 """Text to tokens and back, by the `tokenizers` library and a model folder's tokenizer.json."""
 
+import copy
 import dataclasses
 import os
 from collections.abc import Sequence
@@ -89,6 +90,12 @@ class StreamDecoder:
             if certain and _REPLACEMENT not in certain:
                 self._window, self._shown = window, len(certain)
                 break
+
+    def copy(self) -> "StreamDecoder":
+        """One that goes on from here by itself."""
+        twin = copy.copy(self)
+        twin._window = list(self._window)
+        return twin
 
     def _decode(self, tokens: list[int]) -> str:
         return self._tokenizer.decode(tokens, skip_special_tokens=True)

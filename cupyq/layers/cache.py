@@ -6,7 +6,7 @@ import copy
 import numpy as np
 
 from cupyq.ops._common import whole_number
-from cupyq.ops.cache_pages import cache_rotate
+from cupyq.ops.cache_pages import cache_rotate, cycles_of
 from cupyq.ops.kv_codec import CacheCodes
 
 CACHE_KINDS = {
@@ -293,25 +293,25 @@ class PagedKVCache(_Cache):
 
     def defragment(self):
         """Move the pages so that those of a row follow each other, and free ones come last. Results stay the same bits."""
-        sources = self._books.defragment()
-        seen = set()
-        for first in range(self.pages):
-            cycle = [first]
-            while first not in seen and sources[cycle[-1]] != first:
-                cycle.append(sources[cycle[-1]])
-            if len(cycle) > 1:
-                order = self.xp.asarray(np.array(cycle, np.int32))
-                for array in self._arrays():
-                    cache_rotate(array, order)
-            seen.update(cycle)
+        self.rotate(cycles_of(self._books.defragment()))
         self._copy_table()
 
-    def _take(self, row, tokens):
-        copies = self._books.take(self._rows[row], self._lengths()[row], tokens, self.page_size)
-        for source, to in copies:
+    def copy_page(self, source, to):
+        """Let page `to` hold what page `source` holds; no table and no length changes."""
+        for array in self._arrays():
+            bits = array.view(np.uint8)  # of any dtype
+            bits[to] = bits[source]
+
+    def rotate(self, cycles):
+        """Move what pages hold, as `cache_rotate` does for each [page, ...] of `cycles`; no table and no length changes."""
+        for cycle in cycles:
+            order = self.xp.asarray(np.array(cycle, np.int32))
             for array in self._arrays():
-                bits = array.view(np.uint8)  # of any dtype
-                bits[to] = bits[source]
+                cache_rotate(array, order)
+
+    def _take(self, row, tokens):
+        for source, to in self._books.take(self._rows[row], self._lengths()[row], tokens, self.page_size):
+            self.copy_page(source, to)
 
     def _copy_table(self):
         """The device learns what the host decided."""
@@ -401,10 +401,7 @@ class _PageBooks:
 
 
 def _counts_from_1(**counts):
-    for name, value in counts.items():
-        if whole_number(value, name) < 1:
-            raise ValueError(f"{name} must be 1 or more, got {value}")
-    return [int(value) for value in counts.values()]
+    return [whole_number(value, name, 1) for name, value in counts.items()]
 
 
 def check_cache_kind(kind):

@@ -72,9 +72,8 @@ class LoraWeights:
 
     def add_to(self, y: Any, x: Any, selection: Selection) -> None:
         """y [..., N] += what the selected adapters make of x [..., K]; y is rounded once more."""
-        if not self.adapters.isdisjoint(selection.active):
-            k, n = len(self.a), self.b.shape[1]
-            lora(y.reshape(-1, n), x.reshape(-1, k), self.a, self.b, self.rank_adapter, selection.weights)
+        k, n = len(self.a), self.b.shape[1]
+        lora(y.reshape(-1, n), x.reshape(-1, k), self.a, self.b, self.rank_adapter, selection.weights)
 
 
 def _beside(left: Any, right: Any, axis: int) -> Any:

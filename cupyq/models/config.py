@@ -31,7 +31,7 @@ _ACTIVATIONS = {
 }
 
 # Keys that count as the top level of a model with a text part has them, which has them from its authors.
-_OF_THE_WHOLE = ("architectures", "tie_word_embeddings", "bos_token_id", "eos_token_id", "dtype", "torch_dtype")
+_OF_THE_WHOLE = ("architectures", "tie_word_embeddings", "eos_token_id", "dtype", "torch_dtype")
 
 _HINT = "a model folder holds a config.json: copy it again"
 _SMALLEST_SCALE = 1e-6  # of embeddings, the residual and logits: squares and quotients of what is larger are numbers
@@ -48,7 +48,6 @@ class Quantization:
     bits: float | None = None
     group_size: int | None = None
     """GPTQ: rows per group, -1 for one group; None if not said, or if it differs between layers."""
-    desc_act: bool = False
     zeros: str = "v1"
     """GPTQ: v1 stores zero - 1, v2 ("checkpoint_format": "gptq_v2") stores zero."""
     head_bits: float | None = None
@@ -109,7 +108,6 @@ class ModelConfig:
     """Rows of an unquantized head are divided by their lengths."""
     tie_word_embeddings: bool = False
     eos_token_ids: tuple[int, ...] = ()
-    bos_token_id: int | None = None
     dtype: str | None = None
     """Of the checkpoint, as its config says; for information."""
     quantization: Quantization | None = None
@@ -191,7 +189,6 @@ def _read_config(keys: Keys) -> ModelConfig:
         normalizes_head=row.has_head_norm_key and bool(keys.data.get("norm_head")),
         tie_word_embeddings=keys.boolean("tie_word_embeddings", row.ties_embeddings),
         eos_token_ids=_read_eos(keys),
-        bos_token_id=keys.integer("bos_token_id", 0, MAX_VOCAB, None),
         dtype=keys.text("dtype", None) or keys.text("torch_dtype", None),
         quantization=_read_quantization(keys),
         **_read_experts(keys, row, layers, inner),
@@ -451,6 +448,5 @@ def _read_quantization(keys: Keys) -> Quantization | None:
         "gptq",
         bits=None if is_mixed else bits,
         group_size=None if is_mixed else group_size,
-        desc_act=keys.boolean("desc_act", False),
         zeros="v2" if layout == "gptq_v2" else "v1",
     )

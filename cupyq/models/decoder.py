@@ -8,7 +8,7 @@ import numpy as np
 from cupyq.layers import PagedKVCache
 from cupyq.models.queues import HostQueue, StreamQueue
 from cupyq.models.sampler import MAX_SEED, Sampler, SamplerSettings
-from cupyq.ops._common import is_checking
+from cupyq.ops._common import is_checking, whole_number
 
 
 class Decoder:
@@ -39,7 +39,7 @@ class Decoder:
         if not isinstance(settings, SamplerSettings):
             raise TypeError(f"settings must be SamplerSettings, got {type(settings).__name__}")
         seed = settings.seed if seed is None else seed
-        self.seed = model.new_seed() if seed is None else _checked_seed(seed)
+        self.seed = model.new_seed() if seed is None else whole_number(seed, "seed", 0, MAX_SEED)
         self.model, self.batch = model, batch
         self._adapters, self._selection = adapters, None
         self._graph: Any = None
@@ -168,8 +168,7 @@ class Decoder:
         return self._sampler.tokens[self._drawn - 1]
 
     def _check_room(self, n: int) -> None:
-        if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 0:
-            raise ValueError(f"the number of steps must be a whole number of 0 or more, got {n!r}")
+        whole_number(n, "the number of steps", 0)
         if not self._drawn:
             raise ValueError("the decoder has no texts yet: call start(prompts) first")
         most = self.capacity - self.length + 1
@@ -205,11 +204,3 @@ class Decoder:
 
 def _stacked(xp: Any, arrays: list[Any]) -> Any:
     return arrays[0] if len(arrays) == 1 else xp.concatenate(arrays)
-
-
-def _checked_seed(seed: Any) -> int:
-    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)):
-        raise TypeError(f"seed must be a whole number, got {type(seed).__name__}")
-    if not 0 <= seed <= MAX_SEED:
-        raise ValueError(f"seed must be from 0 to {MAX_SEED}, got {seed}")
-    return int(seed)

@@ -27,6 +27,7 @@ from cupyq.models.config import ModelConfig
 from cupyq.models.model import Model
 from cupyq.models.parts import Part, Piece, Plan, contiguous, split_rows
 from cupyq.models.warmup import compile_traced, trace_kernels
+from cupyq.ops._common import whole_number
 from cupyq.ops.rope import rope_tables
 
 _MOST_TABLE_BYTES = 2 << 30  # that a config.json may ask for by itself: four million positions of 128 values
@@ -81,9 +82,7 @@ def read_config(path: str | os.PathLike[str], max_seq_len: int | None) -> ModelC
                 f"{_MOST_TABLE_BYTES >> 30} GiB of sines and cosines; say how many are needed: max_seq_len=..."
             )
         return config
-    if isinstance(max_seq_len, bool) or not isinstance(max_seq_len, int):
-        raise TypeError(f"max_seq_len must be a whole number, got {type(max_seq_len).__name__}")
-    most = config.longest_seq_len
+    max_seq_len, most = whole_number(max_seq_len, "max_seq_len"), config.longest_seq_len
     if not 1 <= max_seq_len <= most:
         raise ValueError(f"max_seq_len must be from 1 to {most}, as {config.path} says, got {max_seq_len}")
     return dataclasses.replace(config, max_seq_len=max_seq_len)
@@ -165,9 +164,9 @@ class Blueprint:
         plan.refuse_leftovers()
 
     def load(self, parts: Sequence[Part] | None = None) -> None:
-        """Give every part its value, or those given, without a progress bar.
+        """Give `parts` their values; None: all parts, with a progress bar.
 
-        None keeps one after an error, whose traceback may live for long.
+        After an error none of them keeps a value: the traceback may live for long.
         """
         arriving: Iterable[Part] = parts or ()
         if parts is None:

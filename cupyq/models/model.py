@@ -17,6 +17,7 @@ from cupyq.models.config import ModelConfig
 from cupyq.models.decoder import Decoder
 from cupyq.models.sampler import MAX_SEED, SamplerSettings
 from cupyq.models.warmup import compile_kernels
+from cupyq.ops._common import whole_number
 from cupyq.ops.activation import softcap
 from cupyq.ops.attention import attention_workspace_size
 from cupyq.ops.elementwise import add
@@ -149,8 +150,8 @@ class Model:
         a GPU the first cache of a kind compiles its kernels. UnsupportedError for a kind that cannot hold this head_dim.
         """
         limit = self.config.max_seq_len
-        capacity = limit if capacity is None else capacity
-        if isinstance(capacity, int) and capacity > limit:
+        capacity = limit if capacity is None else whole_number(capacity, "capacity", 1)
+        if capacity > limit:
             raise ValueError(f"capacity must be at most {limit}, the model's context, got {capacity}")
         self.prepare_cache(kind)
         return KVCache(self.xp, batch=batch, capacity=capacity, **self._cache_options(kind))
@@ -164,8 +165,8 @@ class Model:
         different lengths, and share the pages of a common beginning: see `PagedKVCache`.
         """
         limit = self.config.max_seq_len
-        if max_pages is None and isinstance(page_size, int) and page_size > 0:
-            max_pages = -(-limit // page_size)
+        if max_pages is None:
+            max_pages = -(-limit // whole_number(page_size, "page_size", 1))
         self.prepare_cache(kind)
         sizes = {"pages": pages, "batch": batch, "max_pages": max_pages, "page_size": page_size, "capacity": limit}
         return PagedKVCache(self.xp, **sizes, **self._cache_options(kind))

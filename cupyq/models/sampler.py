@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from cupyq._arrays import copy_values
+from cupyq.ops._common import whole_number
 from cupyq.ops.advance import advance
 from cupyq.ops.penalties import PenaltyTable, penalize, penalize_workspace_size
 from cupyq.ops.sampling import SamplerTable, sample, sample_workspace_size
@@ -124,10 +125,7 @@ class SamplerSettings:
             value = getattr(self, name)
             if name == "seed" and value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} must be a whole number, got {value!r}")
-            if not lowest <= value <= highest:
-                raise ValueError(f"{name} must be from {lowest} to {highest}, got {value}")
+            whole_number(value, name, lowest, highest)
         if not isinstance(self.temperature_last, bool):
             raise TypeError(f"temperature_last must be True or False, got {self.temperature_last!r}")
         if not isinstance(self.token_bias, Mapping):

@@ -56,11 +56,18 @@ def byte_workspace(workspace, size, like, size_name):
     return workspace
 
 
-def whole_number(value, name):
-    """`value` as an int; TypeError for anything else, floats such as 8.0 and booleans included."""
+def whole_number(value, name, least=None, most=None):
+    """`value` as an int, from `least` on and, beside a `least`, up to `most`.
+
+    TypeError for anything but whole numbers, floats such as 8.0 and booleans included; ValueError for one out of range.
+    """
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"{name} must be a whole number, got {type(value).__name__}")
-    return int(value)
+    value = int(value)
+    if least is not None and (value < least or (most is not None and value > most)):
+        bounds = f"{least} or more" if most is None else f"from {least} to {most}"
+        raise ValueError(f"{name} must be {bounds}, got {value}")
+    return value
 
 
 def real_number(value, name):

@@ -4,7 +4,7 @@ import numpy as np
 
 from cupyq._arrays import accepts_dlpack, byte_bounds, check, int32, namespace
 from cupyq._kernels import instance, launch
-from cupyq.ops._common import refuse_overlap
+from cupyq.ops._common import refuse_overlap, whole_number
 
 _WORDS = {16: "uint4", 8: "uint2", 4: "uint32", 2: "uint16", 1: "uint8"}
 
@@ -62,6 +62,25 @@ def _launch_cache_rotate(cache, order):
     launch(instance("cache_rotate", _WORDS[word_bytes]), (-(-words // 256),), (256,), arguments)
 
 
+def cycles_of(sources):
+    """[order, ...] of `cache_rotate` that give every page i what page sources[i] holds, a permutation of all pages.
+
+    They are the cycles of two pages or more.
+
+    >>> cycles_of([2, 1, 3, 0])
+    [[0, 2, 3]]
+    """
+    cycles, seen = [], set()
+    for first in range(len(sources)):
+        cycle = [first]
+        while first not in seen and sources[cycle[-1]] != first:
+            cycle.append(sources[cycle[-1]])
+        if len(cycle) > 1:
+            cycles.append(cycle)
+        seen.update(cycle)
+    return cycles
+
+
 @accepts_dlpack(writes=())
 def count_match(a, b, limit):
     """The number of leading values that the first rows of a and b have in common, at most `limit`
@@ -79,16 +98,12 @@ def count_match(a, b, limit):
         check(array, name, dtype=np.dtype(np.int64))
         if array.ndim == 0:
             raise ValueError(f"{name} must have at least the dimension [n], got shape ()")
-    if isinstance(limit, bool) or not isinstance(limit, (int, np.integer)):
-        raise TypeError(f"limit must be a whole number, got {type(limit).__name__}")
-    if limit < 0:
-        raise ValueError(f"limit must be 0 or more, got {limit}")
-    return count_match_reference(a, b, limit)
+    return count_match_reference(a, b, whole_number(limit, "limit", 0))
 
 
 def count_match_reference(a, b, limit):
     # Of an array without rows the first row is empty, whatever n is.
-    size = min(int(limit), *(min(array.size, array.shape[-1]) for array in (a, b)))
+    size = min(limit, *(min(array.size, array.shape[-1]) for array in (a, b)))
     different = np.flatnonzero(a.reshape(-1)[:size] != b.reshape(-1)[:size])
     return int(different[0]) if different.size else size
 

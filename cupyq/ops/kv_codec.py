@@ -15,7 +15,7 @@ from cupyq._kernels import instance, launch
 from cupyq.errors import UnsupportedError
 from cupyq.formats import kv_cache
 from cupyq.formats.kv_cache import CHUNK, GROUP, KINDS
-from cupyq.ops._common import refuse_overlap, shown
+from cupyq.ops._common import refuse_overlap, shown, whole_number
 
 _UINT8 = np.dtype(np.uint8)
 _CHUNKED = ("q4", "q8")  # kinds whose values are encoded by chunks of 64
@@ -127,7 +127,7 @@ def kv_encode(x, codes, scales, *, kind, start, width, rows=None):
     ([0, 255], [0.0, 4.0])
     """
     xp = namespace(x=x, codes=codes, scales=scales)
-    rows = _check_contiguous(x, codes, scales, kind, start, width, rows, writes=("codes", "scales"))
+    start, width, rows = _check_contiguous(x, codes, scales, kind, start, width, rows, writes=("codes", "scales"))
     _refuse_overlaps({"codes": codes, "scales": scales}, {"x": x})
     if rows == 0 or width == 0 or x.size == 0:
         return
@@ -155,7 +155,7 @@ def kv_decode(codes, scales, x, *, kind, start, width, rows=None):
     [0.0, 0.0, 1.5, -1.0]
     """
     xp = namespace(codes=codes, scales=scales, x=x)
-    rows = _check_contiguous(x, codes, scales, kind, start, width, rows, writes=("x",))
+    start, width, rows = _check_contiguous(x, codes, scales, kind, start, width, rows, writes=("x",))
     _refuse_overlaps({"x": x}, {"codes": codes, "scales": scales})
     if rows == 0 or width == 0 or x.size == 0:
         return
@@ -190,7 +190,7 @@ def kv_encode_paged(x, codes, scales, *, kind, lengths, width, block_table):
     """
     xp = namespace(x=x, codes=codes, scales=scales, lengths=lengths, block_table=block_table)
     _check_paged(x, codes, scales, kind, lengths, block_table, writes=("codes", "scales"))
-    _check_whole_number(width, "width", 0, np.iinfo(np.int32).max)
+    width = whole_number(width, "width", 0, np.iinfo(np.int32).max)
     _refuse_overlaps({"codes": codes, "scales": scales}, {"x": x, "lengths": lengths, "block_table": block_table})
     if width == 0 or x.size == 0 or block_table.size == 0:
         return
@@ -318,13 +318,6 @@ def _check_block_kind(kind):
         raise ValueError(f'kind must be "q4" or "q8", got {shown(kind)}')
 
 
-def _check_whole_number(value, name, low, high):
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{name} must be a whole number, got {type(value).__name__}")
-    if not low <= value <= high:
-        raise ValueError(f"{name} must be {low} to {high}, got {value}")
-
-
 def _check_chunks_of_heads(kind, head_dim):
     if kind in _CHUNKED and head_dim % CHUNK:
         raise UnsupportedError(
@@ -363,11 +356,9 @@ def _check_cache(x, codes, scales, kind, writes):
 def _check_contiguous(x, codes, scales, kind, start, width, rows, writes):
     _check_cache(x, codes, scales, kind, writes)
     batch, seq = x.shape[:2]
-    rows = batch if rows is None else rows
-    _check_whole_number(rows, "rows", 0, batch)
-    _check_whole_number(start, "start", 0, seq)
-    _check_whole_number(width, "width", 0, seq - start)
-    return rows
+    rows = batch if rows is None else whole_number(rows, "rows", 0, batch)
+    start = whole_number(start, "start", 0, seq)
+    return start, whole_number(width, "width", 0, seq - start), rows
 
 
 def _check_paged(x, codes, scales, kind, lengths, block_table, writes):

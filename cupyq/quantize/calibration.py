@@ -10,6 +10,7 @@ import numpy as np
 from cupyq._json_file import parse_json, read_text
 from cupyq.errors import BackendError, FormatError, UnsupportedError
 from cupyq.generate.text import load_tokenizer
+from cupyq.ops._common import whole_number
 
 _MOST_BYTES = 1 << 30
 _PIECE_CHARACTERS = 16  # for each token of a window: mostly some four windows
@@ -30,11 +31,7 @@ def calibration_rows(
     FormatError names the file, and its line, that cannot be read; UnsupportedError: a file of another kind; BackendError: no
     package tokenizers; ValueError: a text with fewer than rows * length tokens.
     """
-    for name, value in {"rows": rows, "length": length}.items():
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-            raise TypeError(f"{name} must be a whole number, got {type(value).__name__}")
-        if value < 1:
-            raise ValueError(f"{name} must be 1 or more, got {value}")
+    rows, length = whole_number(rows, "rows", 1), whole_number(length, "length", 1)
     path = Path(path)
     enough = _PIECES_PER_ROW * _PIECE_CHARACTERS * rows * length
     documents, special = _read_documents(path, enough, _PIECE_CHARACTERS * length)

@@ -12,7 +12,6 @@ from cupyq._arrays import copy_values
 from cupyq.errors import UnsupportedError
 from cupyq.models.queues import HostQueue, StreamQueue
 from cupyq.ops._common import is_checking
-from cupyq.ops.cache_pages import cache_rotate
 from cupyq.serve.rows import Rows
 
 MOST_NEW = 16
@@ -105,22 +104,10 @@ class Engine:
         self._table_changed = True
 
     def copy_page(self, source: int, to: int) -> None:
-        for array in self._arrays():
-            bits = array.view(np.uint8)  # of any dtype
-            bits[to] = bits[source]
+        self.cache.copy_page(source, to)
 
     def rotate(self, cycles: Sequence[Sequence[int]]) -> None:
-        for cycle in cycles:
-            order = self.xp.asarray(np.array(cycle, np.int32))
-            for array in self._arrays():
-                cache_rotate(array, order)
-
-    def _arrays(self) -> list[Any]:
-        """Every array that has pages along its first axis."""
-        parts = [*self.cache.k, *self.cache.v]
-        if not self.cache.holds_codes:
-            return parts
-        return [array for part in parts for array in (part.codes, part.scales) if array is not None]
+        self.cache.rotate(cycles)
 
     def _upload_table(self) -> None:
         if self._table_changed:

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from cupyq.ops._common import whole_number
 from cupyq.serve.batch import Batch
 from cupyq.serve.driver import Driver
 from cupyq.serve.engine import SMALL_PASS, Engine, Landing, Part
-from cupyq.serve.job import Event, Job, whole_number_from
+from cupyq.serve.job import Event, Job
 from cupyq.serve.pages import Lease, PagePool
 from cupyq.serve.running import Pieces, Running, log_probabilities
 from cupyq.serve.scheduler import Queue
@@ -43,7 +44,8 @@ class Generator:
 
     cache_tokens     places for keys and values, of all jobs together, in pages of page_size tokens (default: the model's
                      context); a job needs those of its prompt and of max_new_tokens, less what it shares with others
-    max_batch        jobs that run at a time; chunk: prompt tokens that pass between two steps
+    max_batch        jobs that run at a time
+    chunk            prompt tokens that pass between two steps, rounded down to whole pages, one at least
     cache            what keys and values are kept in, a kind as `Model.new_cache` takes it
     draft            NGramDraft or ModelDraft: tokens are guessed ahead and verified many at a time; never changes a text
     batch_invariant  every text is, bit for bit, what it would be alone, at the cost of speed: rows pass one by one, prompts
@@ -74,15 +76,13 @@ class Generator:
         max_skips: int = 4,
         graph: bool = True,
     ):
-        page_size = whole_number_from(page_size, "page_size", 1)
-        self.max_batch = whole_number_from(max_batch, "max_batch", 1)
-        self.late = whole_number_from(late, "late", 0, 1)
+        page_size = whole_number(page_size, "page_size", 1)
+        self.max_batch = whole_number(max_batch, "max_batch", 1)
+        self.late = whole_number(late, "late", 0, 1)
         if draft is not None and not isinstance(draft, (NGramDraft, ModelDraft)):
             raise TypeError(f"draft must be an NGramDraft or a ModelDraft, got {type(draft).__name__}")
         self.model, self.tokenizer, self.vocab_size = model, tokenizer, model.config.vocab_size
-        tokens = (
-            model.config.max_seq_len if cache_tokens is None else whole_number_from(cache_tokens, "cache_tokens", page_size)
-        )
+        tokens = model.config.max_seq_len if cache_tokens is None else whole_number(cache_tokens, "cache_tokens", page_size)
         pages = -(-tokens // page_size) if cache_tokens is None else tokens // page_size
         self.batch_invariant = bool(batch_invariant)
         options = {"graph": graph, "alone": self.batch_invariant}
@@ -93,8 +93,8 @@ class Generator:
         self._speculation = None if draft is None else Speculation(draft, self._engines)
         self._pool = PagePool(pages, page_size, copies=not self.batch_invariant)
         # Whole pages: then a prompt is cut at the same places whatever was found of it.
-        self._chunk = max(whole_number_from(chunk, "chunk", 1) // page_size, 1) * page_size
-        self._queue = Queue(whole_number_from(max_skips, "max_skips", 0))
+        self._chunk = max(whole_number(chunk, "chunk", 1) // page_size, 1) * page_size
+        self._queue = Queue(whole_number(max_skips, "max_skips", 0))
         self._inbox: deque[Running] = deque()
         self._prefilling: list[Running] = []
         self._flights: deque[_Flight] = deque()
@@ -192,7 +192,7 @@ class Generator:
     def step(self) -> list[Event]:
         """One step of the batch -> what happened.
 
-        Jobs that fit begin; up to `chunk` prompt tokens pass; every job whose prompt has passed gets a token more.
+        Jobs that fit begin; up to a chunk of prompt tokens passes; every job whose prompt has passed gets a token more.
         """
         events: list[Event] = []
         while self._inbox:

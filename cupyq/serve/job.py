@@ -10,6 +10,7 @@ import numpy as np
 
 from cupyq.generate.generator import check_ids
 from cupyq.models.sampler import MAX_SEED, SamplerSettings
+from cupyq.ops._common import whole_number
 
 MAX_LOGPROBS = 1024
 
@@ -79,16 +80,16 @@ class Job:
         if not isinstance(self.settings, SamplerSettings):
             raise TypeError(f"settings must be SamplerSettings, got {type(self.settings).__name__}")
         for name, least in (("max_new_tokens", 1), ("min_new_tokens", 0)):
-            whole_number_from(getattr(self, name), name, least)
+            whole_number(getattr(self, name), name, least)
         if self.min_new_tokens > self.max_new_tokens:
             raise ValueError(f"min_new_tokens is {self.min_new_tokens}, above max_new_tokens {self.max_new_tokens}: lower it")
         if self.seed is None:
             self.seed = self.settings.seed
         if self.seed is None:
             self.seed = secrets.randbelow(MAX_SEED + 1)
-        whole_number_from(self.seed, "seed", 0, MAX_SEED)
+        whole_number(self.seed, "seed", 0, MAX_SEED)
         if self.logprobs is not None:
-            whole_number_from(self.logprobs, "logprobs", 0, MAX_LOGPROBS)
+            whole_number(self.logprobs, "logprobs", 0, MAX_LOGPROBS)
         for name in ("heal", "speculate"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
@@ -188,13 +189,3 @@ def mask_of(ids: Any, vocab_size: int, name: str) -> np.ndarray:
 def check_mask(mask: np.ndarray, vocab_size: int, name: str) -> None:
     if mask.dtype != bool or mask.shape != (vocab_size,):
         raise ValueError(f"{name} must be bool [{vocab_size}], got {mask.dtype} {list(mask.shape)}")
-
-
-def whole_number_from(value: Any, name: str, least: int, most: int | None = None) -> int:
-    """`value`, a whole number in these bounds; TypeError / ValueError otherwise."""
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{name} must be a whole number, got {value!r}")
-    if value < least or (most is not None and value > most):
-        bounds = f"{least} or more" if most is None else f"from {least} to {most}"
-        raise ValueError(f"{name} must be {bounds}, got {value}")
-    return int(value)

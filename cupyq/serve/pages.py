@@ -8,9 +8,11 @@ one does. Pages that nobody uses keep what they hold until a new job needs room:
 import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
+
+from cupyq.ops.cache_pages import cycles_of
 
 LEAST_COPIED = 2
 """Tokens that are worth the copy of a page."""
@@ -29,8 +31,7 @@ class Lease:
     """Tokens at the start whose keys and values are there."""
     copied: tuple[int, int] | None
     """(page, its copy): the bytes to be copied before anything else is written."""
-    salt: bytes
-    parents: list[bytes] = field(default_factory=list)
+    parents: list[bytes]
     """Digest of all tokens before page i, as far as they are known: parents[0] is the salt's."""
 
 
@@ -53,10 +54,10 @@ def digest_of(parent: bytes, tokens: Sequence[int]) -> bytes:
 
 
 class PagePool:
-    """`pages` pages of `page_size` tokens; see the module. `shares`: False, and no page is ever found again."""
+    """`pages` pages of `page_size` tokens; see the module. copies: False, and only full pages are taken over."""
 
-    def __init__(self, pages: int, page_size: int, *, shares: bool = True, copies: bool = True):
-        self.page_size, self.shares, self.copies = page_size, shares, copies
+    def __init__(self, pages: int, page_size: int, *, copies: bool = True):
+        self.page_size, self.copies = page_size, copies
         self._pages = [_Page() for _ in range(pages)]
         self._unused: OrderedDict[int, None] = OrderedDict((page, None) for page in range(pages))  # the next to go first
         self._known: dict[bytes, int] = {}
@@ -83,8 +84,8 @@ class PagePool:
         """
         size, body = self.page_size, list(prompt[:-1])
         parents = self._parents(body, salt)
-        found = self._matching(body, parents) if self.shares else []
-        source, count = self._best_start(body, parents, len(found)) if self.shares and self.copies else (None, 0)
+        found = self._matching(body, parents)
+        source, count = self._best_start(body, parents, len(found)) if self.copies else (None, 0)
         needed = self.pages_for(tokens) - len(found)
         free = len(self._unused) - sum(self._pages[page].users == 0 for page in found)
         if needed > free:
@@ -106,7 +107,7 @@ class PagePool:
                 copied = (source, taken[0])
                 if is_spare:
                     self._unused.move_to_end(source)
-        lease = Lease([*found, *taken], len(found) * size + count, copied, salt, parents)
+        lease = Lease([*found, *taken], len(found) * size + count, copied, parents)
         for index in range(len(found), min(self.pages_for(len(body)), len(lease.pages))):
             page = self._pages[lease.pages[index]]
             page.filled = 0
@@ -136,7 +137,7 @@ class PagePool:
                 digest = digest_of(lease.parents[index], held)
                 if len(lease.parents) == index + 1:
                     lease.parents.append(digest)
-                if self.shares and digest not in self._known:
+                if digest not in self._known:
                     self._known[digest], page.digest = lease.pages[index], digest
 
     def release(self, lease: Lease) -> None:
@@ -147,7 +148,7 @@ class PagePool:
             info.users -= 1
             if info.users:
                 continue
-            is_worthless = info.parent is None or not info.filled or not self.shares
+            is_worthless = info.parent is None or not info.filled
             if not is_worthless and info.digest is None and info.filled == self.page_size:
                 is_worthless = True  # the twin of a page that is known
             if is_worthless:
@@ -271,19 +272,6 @@ class PagePool:
                 waiting += sorted(self._children.get(digest, ()), reverse=True)
         held = set(order)
         return order + [page for page in range(len(self._pages)) if page not in held]
-
-
-def cycles_of(sources: Sequence[int]) -> list[list[int]]:
-    """For page i to get what page sources[i] holds, a permutation: its cycles of two or more, in `cache_rotate`'s order."""
-    cycles, seen = [], set()
-    for first in range(len(sources)):
-        cycle = [first]
-        while first not in seen and sources[cycle[-1]] != first:
-            cycle.append(sources[cycle[-1]])
-        if len(cycle) > 1:
-            cycles.append(cycle)
-        seen.update(cycle)
-    return cycles
 
 
 def common_length(a: Sequence[int], b: Sequence[int]) -> int:

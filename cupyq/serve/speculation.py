@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from cupyq._arrays import copy_values
+from cupyq.ops._common import whole_number
 from cupyq.serve.engine import MOST_NEW, Engine, Landing
-from cupyq.serve.job import whole_number_from
 from cupyq.serve.rows import Rows
 from cupyq.serve.running import Running
 
@@ -26,9 +26,9 @@ class NGramDraft:
     """
 
     def __init__(self, most: int = 4, longest: int = 4, shortest: int = 1):
-        self.most = whole_number_from(most, "most", 1, MOST_NEW - 1)
-        self._shortest = whole_number_from(shortest, "shortest", 1)
-        self._longest = whole_number_from(longest, "longest", self._shortest)
+        self.most = whole_number(most, "most", 1, MOST_NEW - 1)
+        self._shortest = whole_number(shortest, "shortest", 1)
+        self._longest = whole_number(longest, "longest", self._shortest)
 
     def guess(self, text: Sequence[int], index: dict) -> list[int]:
         """Up to `most` tokens after `text`. index: of this text, {} at first."""
@@ -57,7 +57,7 @@ class ModelDraft:
 
     def __init__(self, model: Any, most: int = 4):
         self.model = model
-        self.most = whole_number_from(most, "most", 1, MOST_NEW - 1)
+        self.most = whole_number(most, "most", 1, MOST_NEW - 1)
 
     def engine(self, target: Any, pages: int, page_size: int, max_batch: int, kind: str, **options: Any) -> Engine:
         """Its passes, beside those of the model it guesses for."""

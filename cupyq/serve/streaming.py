@@ -1,6 +1,5 @@
 """From tokens to the text that may be told: what might become a stop string or a banned one is held back."""
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -54,9 +53,7 @@ class TextStream:
     def add(self, token: int, extra: Any = None) -> Told:
         if self._decoder is None:
             return Told((token,), "", (extra,))
-        before = copy.copy(self._decoder) if self._banned else None
-        if before is not None:
-            before._window = list(before._window)
+        before = self._decoder.copy() if self._banned else None
         self._held.append(_Held(token, self._decoder.add(token), extra, before))
         return self._decide()
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import accumulate, pairwise
+from numbers import Integral
 from typing import Protocol
 
 UNIT, WIDE_UNIT = 32, 128  # columns: a weight tile; what wide kernels and groups of 128 like best
@@ -69,7 +70,7 @@ class TPPlan:
         unit of inner features and of the vocabulary. Intermediate features go by 32, or by 128 where no rank gets more than
         5% fuller by it. TypeError or ValueError names what does not fit.
         """
-        if isinstance(ranks, bool) or not isinstance(ranks, int):
+        if isinstance(ranks, bool) or not isinstance(ranks, Integral):
             raise TypeError(f"ranks must be a whole number, got {type(ranks).__name__}")
         if not 1 <= ranks <= MAX_RANKS:
             raise ValueError(f"ranks must be from 1 to {MAX_RANKS}, got {ranks}")
@@ -77,7 +78,7 @@ class TPPlan:
         size = config.expert_size
         heads, kv_heads = _split_heads(config.num_attention_heads, config.num_key_value_heads, exact)
         return cls(
-            ranks=ranks,
+            ranks=int(ranks),
             head_dim=config.head_dim,
             heads=heads,
             kv_heads=kv_heads,
