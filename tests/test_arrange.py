@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from kernel_checks import banded, bfloat16, float16, float32, on_gpu, random, unwritten
+from kernel_checks import banded, bfloat16, float16, float32, is_hopper, on_gpu, random, unwritten
 
 from cupyq import QMatrix, _device, _kernels
 from cupyq.formats import exl2
@@ -260,7 +260,7 @@ def test_a_gated_product_arranged_has_the_bits_of_both_kernels(function, dtype, 
 @pytest.mark.gpu
 def test_products_of_a_norm_and_of_a_gate(cupy):
     """launch_wgmma with these kernels: the bits of the product of their result."""
-    if not wgmma.has_wgmma():
+    if not is_hopper():
         return
     rng = np.random.default_rng(12)
     k, n, m = 480, 264, 100

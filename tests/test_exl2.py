@@ -1,14 +1,15 @@
 """EXL2 against recorded outputs of exllamav2, the format's worked numbers, and a plain loop with its own roundings."""
 
-import struct
 from dataclasses import FrozenInstanceError
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import golden
+from format_checks import OnDevice, changed, half, stream_value
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_checks import same_bits
 
 from cupyq.errors import FormatError
 from cupyq.formats.exl2 import (
@@ -28,19 +29,6 @@ CASES = golden("exl2_matrix")
 MODELS = Path(__file__).parent.parent / "examples" / "models"
 
 
-def half(value):
-    """One rounding to fp16, by the C library of Python rather than by NumPy."""
-    return struct.unpack("<e", struct.pack("<e", value))[0]
-
-
-def same_bits(a, b):
-    return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
-
-
-def single_value(words, i, bits):
-    return sum((int(words[(i * bits + t) // 32]) >> ((i * bits + t) % 32) & 1) << t for t in range(bits))
-
-
 def dequantize_by_loop(tensors, prescale=1.0, *, zero_shift=0, code_shift=1, power=2, scatter=True):
     """The format's formula, value by value. The keyword arguments make wrong variants of it."""
     words, scale_words = tensors["q_weight"].view(np.uint32), tensors["q_scale"].view(np.uint32)
@@ -55,7 +43,7 @@ def dequantize_by_loop(tensors, prescale=1.0, *, zero_shift=0, code_shift=1, pow
             for n in range(words.shape[1]):
                 scale_code = int(scale_words[g, n // 8]) >> 4 * (n % 8) & 15
                 scale = half((scale_code + code_shift) ** power * group_max)
-                q = single_value(words[first:, n], i, bits)
+                q = stream_value(words[first:, n], i, bits)
                 weights[perm[row] if scatter else inverse[row], n] = half((q - 2 ** (bits - 1) + zero_shift) * scale)
             row += 1
     return weights
@@ -192,13 +180,6 @@ def test_arguments_are_not_changed():
     assert all(np.array_equal(before[short], tensors[short]) for short in before)
 
 
-class OnDevice:
-    """What a GPU array shows without a copy."""
-
-    def __init__(self, array):
-        self.shape, self.dtype = array.shape, array.dtype
-
-
 def test_large_tensors_are_checked_by_shape_and_dtype_alone():
     tensors = {**small_layer(), "bias": np.zeros(16, np.float16)}
     layout, perm = validate_exl2(tensors)
@@ -268,13 +249,6 @@ def test_layout_errors(table, rows, message):
     with pytest.raises(FormatError, match=rf"^layer\.q_groups: {message}") as caught:
         exl2_layout(np.array(table, np.int16), rows, 8, "layer")
     assert "\n" not in str(caught.value)
-
-
-def changed(short, change):
-    def apply(tensors):
-        return {**tensors, short: change(tensors[short])}
-
-    return apply
 
 
 TENSOR_ERRORS = [

@@ -147,10 +147,6 @@ def placing(library):
     return lambda array: torch.from_numpy(array.copy()).to(device), Surface(torch.empty((1, 1), device="meta"))
 
 
-def unpack_nibbles(words):
-    return (words.astype(np.uint32)[..., None] >> np.arange(0, 32, 4, dtype=np.uint32) & 15).reshape(len(words), -1)
-
-
 def call_sim_anneal(ext, place):
     slots = [[(10, 0.5), (30, 0.1)], [(10, 0.9), (30, 0.2)]]
     for _ in range(2):

@@ -7,10 +7,12 @@ shapes, contents and wrappers are spoilt, two at a time too, as test_ops.py does
 import inspect
 
 import numpy as np
-import op_calls
 import pytest
+import spoilt_calls
 from hypothesis import note
-from op_calls import CALLS, ERRORS, Callee, Placed, attempt, spoilt
+from op_calls import CALLS
+from placed_calls import ERRORS, Callee, Placed, attempt
+from spoilt_calls import spoilt
 from test_ext_hostile import NAMES, Good
 from test_ops import EXAMPLES, tried
 
@@ -28,7 +30,7 @@ def _is_array(value):
     return isinstance(value, np.ndarray)
 
 
-KINDS = tuple(kind for kind in op_calls.KINDS if kind != "huge")
+KINDS = tuple(kind for kind in spoilt_calls.KINDS if kind != "huge")
 """What is only read may have any strides here and is copied: of arrays of 2**40 elements no copy can be made."""
 
 

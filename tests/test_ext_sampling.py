@@ -73,10 +73,6 @@ def candidates(logits, **settings):
 RECORDED = [case for case in golden("sampling") if case.startswith("sample_")]
 
 
-def settings_of(arguments):
-    return {name: value for name, value in arguments.items() if name in OFF}
-
-
 @pytest.mark.parametrize("case", RECORDED)
 def test_golden_draws(case):
     inputs, outputs, arguments = golden("sampling")[case]

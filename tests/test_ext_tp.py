@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from conftest import gpu_count
-from kernel_checks import float16, random
+from kernel_checks import float16, host, random
 from random_layers import random_exl2
 
 import cupyq.ext as ext_c
@@ -107,10 +107,6 @@ class Group:
         """What pinned_temp[0] begins with."""
         self.finish()
         return self.pinned[0][: int(np.prod(shape))].reshape(shape).copy()
-
-
-def host(array):
-    return array if isinstance(array, np.ndarray) else array.get()
 
 
 def matrix(seed, k, n, bias=False):
@@ -477,7 +473,6 @@ class Attention:
 
 
 SCALE = HEAD_DIM**-0.5 / 8
-NO_TABLES = (None, None)
 
 
 @on_groups

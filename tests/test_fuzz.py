@@ -375,3 +375,11 @@ def test_the_tool_runs_and_replays(tmp_path):
     kept = sorted((tmp_path / "measurement/corpus").glob("*.json"))[:2]
     done = subprocess.run([*command, "--replay", *map(str, kept)], capture_output=True, text=True, timeout=120)
     assert done.stdout.count("as promised") == len(kept) > 0, done.stderr
+
+
+def test_the_tool_names_its_targets(tmp_path):
+    for arguments in (["nothing"], ["all", "--replay", "a.json"]):  # a case that was kept is one target's
+        command = [sys.executable, str(ROOT / "tools/fuzz.py"), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+        assert done.returncode == 2 and f"target: '{arguments[0]}', expected one of" in done.stderr
+    assert list(tmp_path.iterdir()) == []

@@ -1,14 +1,15 @@
 """GPTQ against recorded outputs of exllamav2 and a plain loop, for every width, order and way to cut groups."""
 
-import struct
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
 from conftest import golden
+from format_checks import OnDevice, changed, half, stream_value
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_checks import same_bits
 
 from cupyq.errors import FormatError
 from cupyq.formats.gptq import (
@@ -24,19 +25,6 @@ from cupyq.formats.safetensors import Checkpoint
 
 CASES = golden("gptq_matrix")
 MODELS = Path(__file__).parent.parent / "examples" / "models"
-
-
-def half(value):
-    """One rounding to fp16, by the C library of Python rather than by NumPy."""
-    return struct.unpack("<e", struct.pack("<e", value))[0]
-
-
-def same_bits(a, b):
-    return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
-
-
-def stream_value(words, i, bits):
-    return sum((int(words[(i * bits + t) // 32]) >> ((i * bits + t) % 32) & 1) << t for t in range(bits))
 
 
 def dequantize_by_loop(tensors, bits, row_group, *, stored_below=1, wrap=False):
@@ -224,13 +212,6 @@ def test_scales_are_rounded_to_fp16_before_use():
         gptq_scales(np.float32([[1, 70000]]), "q")
 
 
-class OnDevice:
-    """What a GPU array shows without a copy."""
-
-    def __init__(self, array):
-        self.shape, self.dtype = array.shape, array.dtype
-
-
 def test_large_tensors_are_checked_by_shape_and_dtype_alone():
     tensors, _, _ = CASES["g64_act"]
     tensors = {short: tensors[short] for short in ("qweight", "qzeros", "scales", "g_idx")}
@@ -250,13 +231,6 @@ def test_arguments_are_not_changed():
 def small_layer():
     tensors = layer_without_g_idx(128, 16, 4)
     return {**tensors, "g_idx": np.repeat(np.arange(4, dtype=np.int32), 32), "bias": np.zeros(16, np.float32)}
-
-
-def changed(short, change):
-    def apply(tensors):
-        return {**tensors, short: change(tensors[short])}
-
-    return apply
 
 
 TENSOR_ERRORS = [

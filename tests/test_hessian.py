@@ -5,6 +5,7 @@ import math
 import ml_dtypes
 import numpy as np
 import pytest
+from kernel_checks import host
 
 from cupyq.quantize.hessian import Hessian, Prepared, prepare_rounding
 
@@ -28,10 +29,6 @@ def damped(x, prepared):
     x = x.astype(np.float64)
     h = x.T @ x / len(x)
     return h[np.ix_(prepared.order, prepared.order)] + np.diag(host(prepared.ridge))
-
-
-def host(array):
-    return array if isinstance(array, np.ndarray) else array.get()
 
 
 def is_product_of(factor, weights, matrix, tolerance=2e-6):

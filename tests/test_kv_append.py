@@ -4,6 +4,7 @@ import importlib
 
 import numpy as np
 import pytest
+from cache_checks import banded_cache, copied, full_cache, moved, same_cache
 from kernel_checks import FLOATS, banded, bfloat16, float16, float32, host, move, on_both, on_gpu, random, same_bits
 
 from cupyq.formats import kv_cache
@@ -35,36 +36,6 @@ def appended(cache, new, positions, table=None):
         elif found is not None:
             cache[found] = new[b, i]
     return cache
-
-
-def with_parts(cache, change):
-    """The array, or the CacheCodes with each of its arrays, changed."""
-    if not isinstance(cache, CacheCodes):
-        return change(cache)
-    return CacheCodes(cache.kind, change(cache.codes), None if cache.scales is None else change(cache.scales))
-
-
-def copied(cache):
-    return with_parts(cache, np.copy)
-
-
-def moved(library, cache):
-    return with_parts(cache, lambda array: move(library, array.copy()))
-
-
-def full_cache(seed, shape, kind, dtype):
-    """A cache full of something: an array of dtype for kind "dense", else codes and scales as random bytes."""
-    if kind == "dense":
-        return random(seed, shape, dtype)
-    empty, rng = CacheCodes.zeros(np, shape, kind), np.random.default_rng(seed)
-    return with_parts(empty, lambda a: rng.integers(0, 256, a.nbytes, dtype=np.uint8).view(a.dtype).reshape(a.shape))
-
-
-def same_cache(there, expected):
-    if not isinstance(expected, CacheCodes):
-        return same_bits(host(there), expected)
-    pairs = [(there.codes, expected.codes)] + ([] if expected.scales is None else [(there.scales, expected.scales)])
-    return all(same_bits(host(a), b) for a, b in pairs)
 
 
 def hard(seed, shape, dtype):
@@ -205,14 +176,7 @@ def test_misaligned_codes(cupy, shift):
         k, v = (hard(seed, (2, 3, kv_heads, head_dim), dtype) for seed in (1, 2))
         positions, table = np.array([3, 1], np.int32), np.array([[5, 1, 0], [2, 3, 4]], np.int32)
         caches = [full_cache(i + 3, (6, 4, kv_heads, head_dim), kind, dtype) for i, kind in enumerate(kinds)]
-        checks = []
-
-        def place_between(array, checks=checks):
-            there, check = banded(cupy, array, shift)
-            checks.append(check)
-            return there
-
-        there = [with_parts(cache, place_between) for cache in caches]
+        there, checks = zip(*(banded_cache(cupy, cache, shift) for cache in caches), strict=True)
         tables = (on_gpu(cupy, positions, shift),), {"block_table": on_gpu(cupy, table, shift)}
         for _ in range(2):  # bits repeat
             kv_append(on_gpu(cupy, k, shift), on_gpu(cupy, v, shift), *there, *tables[0], **tables[1])
@@ -231,14 +195,7 @@ def test_tables_that_lead_outside(cupy, kinds):
     positions = np.array([3, 3, 2, 6, -2, high], np.int32)
     k, v = (hard(seed, (6, 4, 2, 64), float16) for seed in (1, 2))
     caches = [full_cache(i + 3, (4, 4, 2, 64), kind, float16) for i, kind in enumerate(kinds)]
-    checks = []
-
-    def place_between(array):
-        there, check = banded(cupy, array)
-        checks.append(check)
-        return there
-
-    there = [with_parts(cache, place_between) for cache in caches]
+    there, checks = zip(*(banded_cache(cupy, cache) for cache in caches), strict=True)
     kv_append(*(cupy.asarray(a) for a in (k, v)), *there, cupy.asarray(positions), block_table=cupy.asarray(table))
     for check in checks:
         check()

@@ -18,23 +18,9 @@ from hypothesis import HealthCheck, note, settings
 from hypothesis import given as given_examples
 from hypothesis import strategies as st
 from kernel_checks import host, move, on_both
-from op_calls import (
-    CALLS,
-    GPU_KINDS,
-    Callee,
-    Exporter,
-    Maker,
-    OfLibrary,
-    Placed,
-    ReadOnlyExporter,
-    attempt,
-    experts,
-    joined,
-    matrix,
-    op_named,
-    spoilt,
-    valid_call,
-)
+from op_calls import CALLS, Maker, experts, joined, matrix, op_named, valid_call
+from placed_calls import Callee, Exporter, OfLibrary, Placed, ReadOnlyExporter, Realized, attempt, compare
+from spoilt_calls import GPU_KINDS, spoilt
 from test_repo import public_ops
 
 from cupyq import _arrays, ops
@@ -148,7 +134,7 @@ def test_a_spoilt_call_on_a_gpu(name, cupy):
         placed = {n: Placed(v) for n, v in valid_call(name, Maker(choose, choose(range(99)), (np.float16,))).items()}
         spoils, must_fail = choose((1, 0)), False
         for _ in range(spoils):
-            placed, what, must_fail = spoilt(op, placed, choose, GPU_KINDS)
+            placed, what, must_fail = spoilt(op, placed, choose, GPU_KINDS, on_gpu=True)
             note(what)
         with choose(streams):
             outcome = attempt(op, placed, "cupy")
@@ -266,6 +252,35 @@ def test_a_wrong_op_would_be_seen(wrong):
     op.function = add
     with pytest.raises(AssertionError):
         attempt(op, placed)
+
+
+class OnGpu:
+    """An array of CuPy, as far as a comparison looks at it."""
+
+    def __init__(self, array):
+        self.array = array
+
+    def get(self):
+        return self.array
+
+
+def test_wrong_codes_of_a_gpu_would_be_seen():
+    """Of the keys that qkv_append normed and turned a few codes may be off by one, of the values, which it copies, none."""
+    wanted = {f"{cache}.codes": np.full((6, 4, 2, 64), 100, np.uint8) for cache in ("k_cache", "v_cache")}
+
+    def is_right(argument, step, count):
+        call = Realized()
+        call.arrays = {name: OnGpu(codes.copy()) for name, codes in wanted.items()}
+        call.arrays[argument].array.flat[:count] = 100 + step
+        try:
+            compare(op_named("qkv_append"), None, None, call, wanted)
+        except AssertionError:
+            return False
+        return True
+
+    assert is_right("k_cache.codes", 1, 12) and is_right("k_cache.codes", -1, 12)
+    assert not is_right("k_cache.codes", 1, 13) and not is_right("k_cache.codes", 2, 1)
+    assert not is_right("v_cache.codes", 1, 1)
 
 
 # --- NaN and Inf ------------------------------------------------------------------------------------------------------

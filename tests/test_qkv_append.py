@@ -4,10 +4,11 @@ import math
 
 import numpy as np
 import pytest
+from cache_checks import banded_cache, copied, full_cache, moved, same_cache, with_parts
 from kernel_checks import FLOATS, banded, bfloat16, float16, float32, host, move, on_both, on_gpu, random, same_bits, unwritten
 
 from cupyq.ops.kv_append import kv_append
-from cupyq.ops.kv_codec import CacheCodes, kv_encode_paged
+from cupyq.ops.kv_codec import kv_encode_paged
 from cupyq.ops.norm import head_norm
 from cupyq.ops.qkv_append import qkv_append
 from cupyq.ops.rope import rope, rope_tables
@@ -29,31 +30,6 @@ def problem(batch, seq, heads, kv_heads, head_dim, pairs, dtype, *, table=float3
     return (qkv, *caches, np.sin(angles).astype(table), np.cos(angles).astype(table))
 
 
-def with_parts(cache, change):
-    """The array, or the CacheCodes with each of its arrays, changed."""
-    if not isinstance(cache, CacheCodes):
-        return change(cache)
-    return CacheCodes(cache.kind, change(cache.codes), None if cache.scales is None else change(cache.scales))
-
-
-def full_cache(seed, shape, kind, dtype):
-    """A cache full of something: an array of dtype for kind "dense", else codes and scales as random bytes."""
-    if kind == "dense":
-        return random(seed, shape, dtype)
-    rng = np.random.default_rng(seed)
-    return with_parts(
-        CacheCodes.zeros(np, shape, kind),
-        lambda a: rng.integers(0, 256, a.nbytes, dtype=np.uint8).view(a.dtype).reshape(a.shape),
-    )
-
-
-def same_cache(there, expected):
-    if not isinstance(expected, CacheCodes):
-        return same_bits(host(there), expected)
-    pairs = [(there.codes, expected.codes)] + ([] if expected.scales is None else [(there.scales, expected.scales)])
-    return all(same_bits(host(a), b) for a, b in pairs)
-
-
 def unfused(
     library,
     qkv,
@@ -73,7 +49,7 @@ def unfused(
     """(q, k_cache, v_cache) by the ops that qkv_append stands for, on that library."""
     q, k, v = (move(library, a) for a in parts_of(qkv, heads, *k_cache.shape[2:]))
     sin, cos, positions, block_table = (move(library, a) for a in (sin, cos, positions, block_table))
-    k_cache, v_cache = (with_parts(cache, lambda a: move(library, a.copy())) for cache in (k_cache, v_cache))
+    k_cache, v_cache = (moved(library, cache) for cache in (k_cache, v_cache))
     if q_norm is not None:
         q = head_norm(q, move(library, q_norm), eps=eps)
     if k_norm is not None:
@@ -212,7 +188,7 @@ def test_codes_and_pages(library, kinds, dtype, style, sizes):
                 continue
             positions = np.minimum(positions, PAGE_SIZE - sizes[1]).astype(np.int32)
         expected = unfused(library, *arrays, positions, **options)
-        there = [None if a is None else with_parts(a, lambda b: move(library, b.copy())) for a in (*arrays, positions)]
+        there = [None if a is None else moved(library, a) for a in (*arrays, positions)]
         q = qkv_append(*there, **{name: move(library, value) for name, value in options.items()})
         assert same_bits(host(q), expected[0])
         for i in (1, 2):
@@ -223,12 +199,12 @@ def test_codes_and_pages(library, kinds, dtype, style, sizes):
 def test_codes_are_those_of_kv_encode(library):
     """Of the turned keys and of the values in a float16 cache."""
     arrays, positions, table = paged_problem(("q8", "q4"), float16, (2, 3, 4, 2, 64, 32))
-    there = [with_parts(a, lambda b: move(library, b.copy())) for a in (*arrays, positions)]
+    there = [moved(library, a) for a in (*arrays, positions)]
     qkv_append(*there, heads=4, block_table=move(library, table))
     _, k, v = parts_of(arrays[0], 4, 2, 64)
     sin, cos, first = (move(library, a) for a in (*arrays[3:], positions))
     for i, new in ((1, host(rope(move(library, k), sin, cos, first))), (2, v)):
-        staged, expected = np.zeros((PAGES, PAGE_SIZE, 2, 64), float16), with_parts(arrays[i], np.copy)
+        staged, expected = np.zeros((PAGES, PAGE_SIZE, 2, 64), float16), copied(arrays[i])
         for b, t in np.ndindex(2, 3):
             position = positions[b] + t
             staged[table[b, position // PAGE_SIZE], position % PAGE_SIZE] = new[b, t]
@@ -288,14 +264,7 @@ def test_misaligned_codes_between_sentinels(cupy, shift):
     for kinds, dtype, style, sizes in (CODES[0], CODES[5], (("q8", "fp8"), bfloat16, "neox", (2, 1, 3, 2, 128, 32))):
         arrays, positions, table = paged_problem(kinds, dtype, sizes)
         expected = unfused("cupy", *arrays, positions, heads=sizes[2], style=style, block_table=table)
-        checks = []
-
-        def place_between(array, checks=checks):
-            there, check = banded(cupy, array, shift)
-            checks.append(check)
-            return there
-
-        caches = [with_parts(cache, place_between) for cache in arrays[1:3]]
+        caches, checks = zip(*(banded_cache(cupy, cache, shift) for cache in arrays[1:3]), strict=True)
         qkv, *rest = (on_gpu(cupy, a, shift) for a in (arrays[0], *arrays[3:], positions))
         q = qkv_append(qkv, *caches, *rest, heads=sizes[2], style=style, block_table=on_gpu(cupy, table, shift))
         for check in checks:
@@ -428,7 +397,7 @@ def test_refusals(case, library):
 
 def test_numpy_refuses_pages_that_are_not_there():
     arrays, positions, table = paged_problem(("q8", "q4"), float16, (2, 3, 4, 2, 64, 32))
-    before = [with_parts(a, np.copy) for a in arrays[1:3]]
+    before = [copied(a) for a in arrays[1:3]]
     positions[:] = 0, 2
     for changed, message in (
         (

@@ -6,6 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from conftest import exact_bound
+from kernel_checks import is_hopper
 
 from cupyq import QMatrix, _kernels
 from cupyq.formats import exl2, gptq
@@ -93,7 +94,7 @@ def test_products_are_not_serialised(rows):
 @pytest.fixture(scope="module")
 def instances():
     """Compiled together, in parallel. None where there is no Hopper GPU: there the kernel is never launched."""
-    if not wgmma.has_wgmma():
+    if not is_hopper():
         return None
     sizes = [(rows, warpgroups_n) for rows in (32, 64, 128) for warpgroups_n in (1, 2)]
     forms = [wgmma.wgmma_instance(dtype, False, ONLY_4, *size) for dtype in (np.dtype(np.float16), BFLOAT16) for size in sizes]

@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from kernel_checks import host
+from product_checks import relative_error
 from test_gptq import dequantize_by_loop
 
 from cupyq.errors import FormatError
@@ -31,10 +33,6 @@ def exact_product(x, arguments):
     return x.astype(np.float64) @ weight + (0 if arguments["bias"] is None else arguments["bias"].astype(np.float64))
 
 
-def relative_error(y, exact):
-    return np.linalg.norm(y.astype(np.float64) - exact) / np.linalg.norm(exact)
-
-
 CASES = [(bits, groupsize, act_order) for bits in WIDTHS for groupsize, act_order in ((32, False), (-1, False), (32, True))]
 
 
@@ -48,9 +46,8 @@ def check_layer(bits, groupsize, act_order, place):
     for call in (layer, layer.forward):
         y = call(place(x), force_cuda=True)
         assert y.shape == (2, 5, N) and y.dtype == np.float16
-        assert relative_error(y if isinstance(y, np.ndarray) else y.get(), exact_product(x, arguments)) < 6e-4
-    host = {name: value if isinstance(value, np.ndarray) else value.get() for name, value in placed.items() if name in before}
-    assert {name: value.tobytes() for name, value in host.items()} == before
+        assert relative_error(host(y), exact_product(x, arguments)) < 6e-4
+    assert {name: host(placed[name]).tobytes() for name in before} == before
 
 
 @pytest.mark.parametrize("bits, groupsize, act_order", CASES)

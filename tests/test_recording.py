@@ -8,6 +8,7 @@ import architecture_cases
 import numpy as np
 import pytest
 from conftest import ROOT
+from kernel_checks import host, same_bits
 
 from cupyq.formats.safetensors import SafetensorsFile
 from cupyq.layers import Linear, Step
@@ -25,14 +26,6 @@ LENGTH = 36
 def ids_of(folder, rows=3):
     vocab = json.loads((folder / "config.json").read_text())["vocab_size"]
     return np.random.default_rng(3).integers(0, vocab, (rows, LENGTH)).astype(np.int32)
-
-
-def host(array):
-    return array if isinstance(array, np.ndarray) else array.get()
-
-
-def same_bits(found, expected):
-    return found.dtype == expected.dtype and found.shape == expected.shape and found.tobytes() == expected.tobytes()
 
 
 def noisy_weights(model):

@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -356,9 +356,7 @@ def test_the_compile_receipt_names_what_was_compiled_without_fault(tmp_path, mon
         asked.add((instance, arch))
         return 8 * (instance.file in spilling and arch == "sm_120")
 
-    def noted():
-        return json.loads(receipt.read_text())["files"] if receipt.exists() else {}
-
+    noted = partial(compile_checks.receipted_digests.__wrapped__, receipt)
     monkeypatch.setattr(compile_checks, "instances_by_file", lambda: listed)
     monkeypatch.setattr(compile_checks, "digest_of_file", digests.get)
     monkeypatch.setattr(compile_checks, "receipted_digests", noted)

@@ -15,6 +15,7 @@ import pytest
 import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_checks import same_bits
 
 from cupyq._progress import progress
 from cupyq.errors import FormatError
@@ -51,10 +52,6 @@ def refused(path):
     message = str(caught.value)
     assert "\n" not in message and message.startswith(f"{path}: ") and len(message) < 700
     return message
-
-
-def same_bits(a, b):
-    return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
 
 
 NATIVE = [np.bool_, np.uint8, np.int8, np.uint16, np.int16, np.float16, np.uint32, np.int32, np.float32]

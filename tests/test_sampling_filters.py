@@ -6,6 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from kernel_checks import host, move, on_both
+from test_sampling import chi_square_excess
 
 from cupyq._arrays import namespace
 from cupyq.ops import sampling
@@ -315,17 +316,6 @@ def test_top_tokens_stand_in_order_of_logits_and_ids():
 
 
 # --- the draw ---------------------------------------------------------------------------------------------------------
-
-
-def chi_square_excess(drawn, probability):
-    """Pearson's statistic over the limit that a true null passes in 999 of 1000 cases (Wilson-Hilferty)."""
-    observed, expected = np.bincount(drawn, minlength=probability.size), drawn.size * probability
-    if observed[probability == 0].any():
-        return INF
-    used = expected > 0
-    freedom = np.count_nonzero(used) - 1
-    statistic = np.sum((observed[used] - expected[used]) ** 2 / expected[used])
-    return statistic / (freedom * (1 - 2 / (9 * freedom) + 3.09 * math.sqrt(2 / (9 * freedom))) ** 3)
 
 
 def dense(kept, size):

@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from conftest import ROOT
+from kernel_checks import host, same_bits
 from safetensors.numpy import save_file
 
 from cupyq.errors import FormatError, UnsupportedError
@@ -45,10 +46,6 @@ def ids_of(folder, rows=3, length=36):
     return np.random.default_rng(3).integers(0, vocab, (rows, length)).astype(np.int32)
 
 
-def host(array):
-    return array if isinstance(array, np.ndarray) else array.get()
-
-
 def whole_model(model, ids, at_once):
     """Model.hidden and its logits, of batches of so many rows."""
     hidden, logits = [], []
@@ -64,10 +61,6 @@ def walk_through(walk, hidden):
     for _, layer in walk.layers():
         walk.run(layer, hidden)
     return hidden
-
-
-def same_bits(found, expected):
-    return found.dtype == expected.dtype and found.shape == expected.shape and found.tobytes() == expected.tobytes()
 
 
 def check_walk(folder, ids, backend, **options):

@@ -30,6 +30,9 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("RAYON_NUM_THREADS", "1")
 os.environ["RUST_BACKTRACE"] = "0"  # of tokenizers, whose panics are caught but say so
 
+# fuzz_targets is imported later: with it comes cupyq, whose import atheris wants to see.
+from fuzz_mutators import from_text, mutate, to_text, write  # noqa: E402
+
 _PACKAGE = str(ROOT / "cupyq") + os.sep
 _MOST_STUCK_S = 60
 
@@ -73,8 +76,6 @@ class Run:
     """One target, its cases and its findings."""
 
     def __init__(self, target, folder, seed):
-        from fuzz_mutators import from_text
-
         self.target, self.rng = target, random.Random(f"{target.name} {seed}")
         self.corpus, self.found = folder / target.name / "corpus", folder / target.name / "found"
         for path in (self.corpus, self.found):
@@ -88,7 +89,6 @@ class Run:
 
     def execute(self, case):
         """Whether it did what none did before."""
-        from fuzz_mutators import write
         from fuzz_targets import problem_of
 
         write(self.case_folder, case)
@@ -113,8 +113,6 @@ class Run:
             self._keep(self.found, case, problem)
 
     def _keep(self, folder, case, problem=None):
-        from fuzz_mutators import to_text
-
         text = to_text(case)
         path = folder / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
         path.write_text(text)
@@ -122,7 +120,6 @@ class Run:
             path.with_suffix(".txt").write_text(problem + "\n")
 
     def run(self, seconds):
-        from fuzz_mutators import mutate
         from fuzz_targets import words
 
         end, vocabulary = time.monotonic() + seconds, words(self.target)
@@ -140,7 +137,6 @@ class Run:
 
     def atheris(self, seconds, at_end):
         import atheris
-        from fuzz_mutators import from_text, mutate, to_text
         from fuzz_targets import words
 
         seeds, vocabulary = self.pool, words(self.target)
@@ -212,7 +208,6 @@ def worker(arguments):
 
 
 def replay(arguments):
-    from fuzz_mutators import from_text, write
     from fuzz_targets import TARGETS, little_memory, problem_of
 
     with tempfile.TemporaryDirectory() as folder, little_memory():
@@ -232,14 +227,17 @@ def main():
     parser.add_argument("--replay", nargs="+", metavar="FILE")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.replay:
-        return replay(arguments)
-    arguments.folder.mkdir(parents=True, exist_ok=True)
     if arguments.worker:
         return worker(arguments)
 
     from fuzz_targets import TARGETS
 
+    allowed = [*TARGETS] if arguments.replay else ["all", *TARGETS]
+    if arguments.target not in allowed:
+        parser.error(f"target: {arguments.target!r}, expected one of {', '.join(allowed)}")
+    if arguments.replay:
+        return replay(arguments)
+    arguments.folder.mkdir(parents=True, exist_ok=True)
     names = list(TARGETS) if arguments.target == "all" else [arguments.target]
     for name in names:
         # A process of its own: a reader that crashes or hangs the interpreter ends this one alone.

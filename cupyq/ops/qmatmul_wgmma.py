@@ -233,11 +233,6 @@ def launch_wgmma(
     )  # fmt: skip
 
 
-def has_wgmma():
-    """Whether the current GPU has the instructions: Hopper alone does."""
-    return _device.current().arch == "sm_90a"
-
-
 def suits_wgmma(out, residual=None, y_stride=None):
     """Whether launch_wgmma takes these arrays: its stores and loads are of four values."""
     stride = out.shape[-1] if y_stride is None else y_stride
