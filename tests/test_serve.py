@@ -32,7 +32,7 @@ from cupyq.serve import generator as serve_generator
 from cupyq.serve.engine import batch_class, pass_class
 from cupyq.serve.pages import MustWait
 from cupyq.serve.running import log_probabilities
-from cupyq.serve.scheduler import Queue
+from cupyq.serve.scheduler import WaitingLine
 from cupyq.serve.streaming import TextStream, fold, overlap
 
 SAMPLED = SamplerSettings(temperature=1.2, top_k=0, top_p=0.97)
@@ -247,7 +247,7 @@ def test_the_queue():
         def __init__(self, pages):
             self.pages, self.skips, self.lease = pages, 0, None
 
-    free, queue = 3, Queue(max_skips=2)
+    free, queue = 3, WaitingLine(max_skips=2)
     runs = [Waiting(pages) for pages in (9, 1, 0, 1, 1)]
     for run in runs:
         queue.add(run)

@@ -1,7 +1,7 @@
 """How the next token is drawn from the logits."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -159,6 +159,36 @@ class SamplerSettings:
         )
 
 
+def sample_arguments(settings: SamplerSettings) -> dict[str, Any]:
+    """What `sample` is told of them by number; seeds, steps, masks and mu are each caller's own."""
+    is_last = settings.temperature_last and settings.temperature > 0
+    names = ["top_k", "top_p", "top_a", "min_p", "tfs", "typical", "mirostat_tau", "mirostat_eta", "min_temp", "max_temp"]
+    names += ["temp_exponent", "xtc_probability", "xtc_threshold", "skew"]
+    return {name: getattr(settings, name) for name in names} | {
+        "temperature": 1.0 if is_last else float(settings.temperature),
+        "post_temperature": float(settings.temperature) if is_last else 1.0,
+        "smoothing": settings.smoothing_factor,
+    }
+
+
+def penalize_arguments(settings: SamplerSettings) -> dict[str, Any]:
+    """What `penalize` is told of them by number."""
+    names = {"repetition": "repetition_penalty", "frequency": "frequency_penalty", "presence": "presence_penalty"}
+    names |= {"sustain": "repetition_range", "decay": "repetition_decay"}
+    dry = ("dry_multiplier", "dry_base", "dry_allowed_length", "dry_max_ngram", "dry_range")
+    return {to: getattr(settings, name) for to, name in (*names.items(), *zip(dry, dry, strict=True))}
+
+
+def token_mask(ids: Iterable[int], vocab_size: int, name: str) -> np.ndarray:
+    """bool [vocab_size], true at the ids; ValueError for one beyond the vocabulary."""
+    mask = np.zeros(vocab_size, bool)
+    for token in ids:
+        if token >= vocab_size:
+            raise ValueError(f"{name}: token {token}, expected 0 to {vocab_size - 1}")
+        mask[token] = True
+    return mask
+
+
 class Sampler:
     """Draws the tokens of a batch of texts. Settings, texts and counters are where the logits are and move on there.
 
@@ -177,53 +207,27 @@ class Sampler:
         self.tokens = xp.zeros((capacity, batch), np.int32)
         """Tokens drawn, in order."""
         self._history = xp.zeros((batch, capacity if settings.looks_back else 0), np.int32)
-        self._table = self._sampler_table(seed)
+        seeds = seed if batch == 1 else np.uint64(seed) + np.arange(batch, dtype=np.uint64)
+        self._table = SamplerTable(batch, xp, seed=seeds, **sample_arguments(settings))
         self._mu = xp.zeros(batch, np.float32) if settings.mirostat_tau > 0 else None
         self._arrays: dict[str, Any] = {}
         if settings.xtc_probability > 0 and settings.xtc_protected:
-            self._arrays["xtc_mask"] = xp.asarray(~_mask(settings.xtc_protected, vocab_size, "xtc_protected"))
+            self._arrays["xtc_mask"] = xp.asarray(~token_mask(settings.xtc_protected, vocab_size, "xtc_protected"))
         workspace_size = sample_workspace_size(batch, vocab_size)
         if workspace_size and xp is not np:
             self._arrays["workspace"] = xp.empty(workspace_size, np.uint8)
-        self._penalties = self._penalty_table() if settings.looks_back or settings.token_bias else None
-        self._arrays_to_penalize = {} if self._penalties is None else self._penalize_arrays()
-
-    def _sampler_table(self, seed: int) -> SamplerTable:
-        settings = self._settings
-        is_last = settings.temperature_last and settings.temperature > 0
-        names = ["top_k", "top_p", "top_a", "min_p", "tfs", "typical", "mirostat_tau", "mirostat_eta", "min_temp", "max_temp"]
-        names += ["temp_exponent", "xtc_probability", "xtc_threshold", "skew"]
-        return SamplerTable(
-            self._batch,
-            self._xp,
-            temperature=1.0 if is_last else float(settings.temperature),
-            post_temperature=float(settings.temperature) if is_last else 1.0,
-            smoothing=settings.smoothing_factor,
-            seed=seed if self._batch == 1 else np.uint64(seed) + np.arange(self._batch, dtype=np.uint64),
-            **{name: getattr(settings, name) for name in names},
-        )
-
-    def _penalty_table(self) -> PenaltyTable:
-        settings = self._settings
-        names = ("dry_multiplier", "dry_base", "dry_allowed_length", "dry_max_ngram", "dry_range")
-        return PenaltyTable(
-            self._batch,
-            self._xp,
-            repetition=settings.repetition_penalty,
-            frequency=settings.frequency_penalty,
-            presence=settings.presence_penalty,
-            sustain=settings.repetition_range,
-            decay=settings.repetition_decay,
-            **{name: getattr(settings, name) for name in names},
-        )
+        self._penalties, self._arrays_to_penalize = None, {}
+        if settings.looks_back or settings.token_bias:
+            self._penalties = PenaltyTable(batch, xp, **penalize_arguments(settings))
+            self._arrays_to_penalize = self._penalize_arrays()
 
     def _penalize_arrays(self) -> dict[str, Any]:
         xp, settings, bias = self._xp, self._settings, self._settings.token_bias
         arrays: dict[str, Any] = {}
         if settings.dry_multiplier > 0 and settings.dry_breakers:
-            arrays["dry_breakers"] = xp.asarray(_mask(settings.dry_breakers, self._vocab_size, "dry_breakers"))
+            arrays["dry_breakers"] = xp.asarray(token_mask(settings.dry_breakers, self._vocab_size, "dry_breakers"))
         if bias:
-            _mask(list(bias), self._vocab_size, "token_bias")
+            token_mask(list(bias), self._vocab_size, "token_bias")
             arrays["bias_ids"] = xp.asarray(np.array(list(bias), np.int32))
             arrays["bias"] = xp.asarray(np.array(list(bias.values()), np.float32))
         if xp is not np:
@@ -251,13 +255,3 @@ class Sampler:
         sample(logits, table=self._table, step=self.steps, mirostat_mu=self._mu, out=self.ids, **self._arrays)
         advance(self.ids, self.positions, self.lengths, self.steps, self.tokens, self._history)
         return self.ids
-
-
-def _mask(ids: Sequence[int], vocab_size: int, name: str) -> np.ndarray:
-    """True at the ids, bool [vocab_size]."""
-    mask = np.zeros(vocab_size, bool)
-    for token in ids:
-        if token >= vocab_size:
-            raise ValueError(f"{name}: token {token}, expected 0 to {vocab_size - 1}")
-        mask[token] = True
-    return mask

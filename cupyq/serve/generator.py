@@ -17,7 +17,7 @@ from cupyq.serve.engine import SMALL_PASS, Engine, Landing, Part
 from cupyq.serve.job import Event, Job
 from cupyq.serve.pages import Lease, PagePool
 from cupyq.serve.running import Pieces, Running, log_probabilities
-from cupyq.serve.scheduler import Queue
+from cupyq.serve.scheduler import WaitingLine
 from cupyq.serve.speculation import ModelDraft, NGramDraft, Speculation
 
 LEAST_FILLED = 0.75
@@ -94,7 +94,7 @@ class Generator:
         self._pool = PagePool(pages, page_size, copies=not self.batch_invariant)
         # Whole pages: then a prompt is cut at the same places whatever was found of it.
         self._chunk = max(whole_number(chunk, "chunk", 1) // page_size, 1) * page_size
-        self._queue = Queue(whole_number(max_skips, "max_skips", 0))
+        self._waiting = WaitingLine(whole_number(max_skips, "max_skips", 0))
         self._inbox: deque[Running] = deque()
         self._prefilling: list[Running] = []
         self._flights: deque[_Flight] = deque()
@@ -146,7 +146,7 @@ class Generator:
     @property
     def is_idle(self) -> bool:
         """Whether there is nothing to do."""
-        return not (self._inbox or self._queue or self._prefilling or self._batch.runs or self._flights)
+        return not (self._inbox or self._waiting or self._prefilling or self._batch.runs or self._flights)
 
     @property
     def free_pages(self) -> int:
@@ -196,7 +196,7 @@ class Generator:
         """
         events: list[Event] = []
         while self._inbox:
-            self._queue.add(self._inbox.popleft())
+            self._waiting.add(self._inbox.popleft())
         with self._engine.on_device():
             self._end_cancelled(events)
             self._begin(events)
@@ -209,7 +209,7 @@ class Generator:
         return events
 
     def _end_cancelled(self, events: list[Event]) -> None:
-        for run in [*self._queue, *self._prefilling, *self._batch.runs]:
+        for run in [*self._waiting, *self._prefilling, *self._batch.runs]:
             if run.job.is_cancelled and not run.job.is_done:
                 self._take_in(run, events, run.finish("cancelled"))
 
@@ -219,7 +219,7 @@ class Generator:
         if not run.job.is_done:
             return
         if run.lease is None:
-            self._queue.remove(run)
+            self._waiting.remove(run)
             return
         self._fill(run)
         self._pool.release(run.lease)
@@ -237,10 +237,10 @@ class Generator:
 
     def _begin(self, events: list[Event]) -> None:
         room = self.max_batch - len(self._prefilling) - len(self._batch.runs)
-        if not room or not len(self._queue):
+        if not room or not len(self._waiting):
             return
         self._join()
-        for run in self._queue.begin(self._lease, room):
+        for run in self._waiting.begin(self._lease, room):
             lease = run.lease
             if lease.copied is not None:
                 for engine in self._engines:

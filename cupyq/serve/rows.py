@@ -1,14 +1,14 @@
 """The rows of a batch, each drawn by settings of its own: texts and counters stay where the logits are and move on there."""
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from cupyq._arrays import copy_values
-from cupyq.models.sampler import SamplerSettings
+from cupyq.models.sampler import SamplerSettings, penalize_arguments, sample_arguments, token_mask
 from cupyq.ops.advance import advance
 from cupyq.ops.penalties import PenaltyTable, penalize
 from cupyq.ops.sampling import SamplerTable, sample, sample_workspace_size
@@ -36,7 +36,7 @@ class RowSettings:
 
 
 @dataclass
-class _Run:
+class _Span:
     """Rows begin to end - 1, which one call can draw."""
 
     begin: int
@@ -58,7 +58,7 @@ class Rows:
         self._memory = xp.empty(_ROW_BYTES * count, np.uint8)  # of all five, so that one copy puts all rows
         self.steps, self.mu, self.ids, self.positions, self.lengths = self._fields = _fields(self._memory)
         self._history = xp.zeros((count, 0), np.int32)
-        self._runs: list[_Run] = []
+        self._spans: list[_Span] = []
         self._configured: list[RowSettings] = []
         self.put_all([])
 
@@ -105,18 +105,20 @@ class Rows:
         if len(rows) == len(self._configured) and all(map(operator.is_, rows, self._configured)):
             return
         self._configured = list(rows)
-        self._runs, begin = [], 0
+        self._spans, begin = [], 0
         for end in range(1, len(rows) + 1):
             if end == len(rows) or _kind(rows[end].settings) != _kind(rows[begin].settings):
-                self._runs.append(self._run(begin, rows[begin:end]))
+                self._spans.append(self._span(begin, rows[begin:end]))
                 begin = end
 
-    def _run(self, begin: int, rows: Sequence[RowSettings]) -> _Run:
+    def _span(self, begin: int, rows: Sequence[RowSettings]) -> _Span:
         settings = [row.settings for row in rows]
         looks_back = any(one.looks_back for one in settings)
         to_penalize, to_sample = {}, {}
         if looks_back and settings[0].dry_breakers:
-            to_penalize["dry_breakers"] = self._mask(settings[0].dry_breakers)
+            to_penalize["dry_breakers"] = self._xp.asarray(
+                token_mask(settings[0].dry_breakers, self._vocab_size, "dry_breakers")
+            )
         biased = max(len(one.token_bias) for one in settings)
         if biased:
             ids, bias = np.zeros((len(rows), biased), np.int32), np.zeros((len(rows), biased), np.float32)
@@ -127,34 +129,20 @@ class Rows:
                 ids[row, fill:], bias[row, fill:] = list(one.token_bias), list(one.token_bias.values())
             to_penalize |= {"bias_ids": self._xp.asarray(ids), "bias": self._xp.asarray(bias)}
         if settings[0].xtc_protected:
-            to_sample["xtc_mask"] = self._xp.asarray(~self._host_mask(settings[0].xtc_protected))
+            protected = token_mask(settings[0].xtc_protected, self._vocab_size, "xtc_protected")
+            to_sample["xtc_mask"] = self._xp.asarray(~protected)
         if any(one.mirostat_tau > 0 for one in settings):
             to_sample["mirostat_mu"] = self.mu[begin : begin + len(rows)]
         workspace_size = sample_workspace_size(len(rows), self._vocab_size)
         if workspace_size and self._xp is not np:
             to_sample["workspace"] = self._xp.empty(workspace_size, np.uint8)
-        penalties = self._penalty_table(settings) if looks_back or biased else None
-        return _Run(begin, begin + len(rows), self._sampler_table(rows), penalties, to_penalize, to_sample)
-
-    def _sampler_table(self, rows: Sequence[RowSettings]) -> SamplerTable:
-        settings = [row.settings for row in rows]
-        lasts = [one.temperature_last and one.temperature > 0 for one in settings]
-        names = ["top_k", "top_p", "top_a", "min_p", "tfs", "typical", "mirostat_tau", "mirostat_eta", "min_temp", "max_temp"]
-        names += ["temp_exponent", "xtc_probability", "xtc_threshold", "skew"]
-        values = {name: [getattr(one, name) for one in settings] for name in names}
-        values["temperature"] = [1.0 if last else one.temperature for one, last in zip(settings, lasts, strict=True)]
-        values["post_temperature"] = [one.temperature if last else 1.0 for one, last in zip(settings, lasts, strict=True)]
-        values["smoothing"] = [one.smoothing_factor for one in settings]
         seeds = np.array([row.seed for row in rows], np.uint64)
-        return SamplerTable(len(rows), self._xp, seed=seeds, **{name: _one_or_all(each) for name, each in values.items()})
-
-    def _penalty_table(self, settings: Sequence[SamplerSettings]) -> PenaltyTable:
-        names = {"repetition": "repetition_penalty", "frequency": "frequency_penalty", "presence": "presence_penalty"}
-        names |= {"sustain": "repetition_range", "decay": "repetition_decay"}
-        dry = ("dry_multiplier", "dry_base", "dry_allowed_length", "dry_max_ngram", "dry_range")
-        names |= {name: name for name in dry}
-        values = {to: [getattr(one if one.looks_back else _NEUTRAL, name) for one in settings] for to, name in names.items()}
-        return PenaltyTable(len(settings), self._xp, **{name: _one_or_all(each) for name, each in values.items()})
+        table = SamplerTable(len(rows), self._xp, seed=seeds, **_of_all(map(sample_arguments, settings)))
+        penalties = None
+        if looks_back or biased:
+            back = [one if one.looks_back else _NEUTRAL for one in settings]
+            penalties = PenaltyTable(len(rows), self._xp, **_of_all(map(penalize_arguments, back)))
+        return _Span(begin, begin + len(rows), table, penalties, to_penalize, to_sample)
 
     def draw(self, logits: Any, allowed: Mapping[int, np.ndarray] | None = None) -> Any:
         """`ids` of the rows that settings were given for, drawn from float32 logits [rows, vocab], which penalties change.
@@ -162,35 +150,27 @@ class Rows:
         allowed: masks bool [vocab] of the rows that have one. -1 stands for a row without a finite logit.
         """
         allowed = allowed or {}
-        for run in self._runs:
-            rows = slice(run.begin, run.end)
-            part, masks = logits[rows], self._masks(run, allowed)
-            if run.penalties is not None or masks is not None:
-                table = run.penalties or PenaltyTable(run.end - run.begin, self._xp)
+        for span in self._spans:
+            rows = slice(span.begin, span.end)
+            part, masks = logits[rows], self._masks(span, allowed)
+            if span.penalties is not None or masks is not None:
+                table = span.penalties or PenaltyTable(span.end - span.begin, self._xp)
                 lengths = self.lengths[rows] if self._history.shape[1] else None
-                penalize(part, self._history[rows], lengths, table=table, allowed=masks, out=part, **run.to_penalize)
-            sample(part, table=run.table, step=self.steps[rows], out=self.ids[rows], **run.to_sample)
-        count = self._runs[-1].end
+                penalize(part, self._history[rows], lengths, table=table, allowed=masks, out=part, **span.to_penalize)
+            sample(part, table=span.table, step=self.steps[rows], out=self.ids[rows], **span.to_sample)
+        count = self._spans[-1].end
         history = self._history[:count] if self._history.shape[1] else None
         advance(*(array[:count] for array in (self.ids, self.positions, self.lengths, self.steps)), None, history)
         return self.ids[:count]
 
-    def _masks(self, run: _Run, allowed: Mapping[int, np.ndarray]) -> Any:
-        if not any(row in allowed for row in range(run.begin, run.end)):
+    def _masks(self, span: _Span, allowed: Mapping[int, np.ndarray]) -> Any:
+        if not any(row in allowed for row in range(span.begin, span.end)):
             return None
-        masks = np.ones((run.end - run.begin, self._vocab_size), bool)
-        for row in range(run.begin, run.end):
+        masks = np.ones((span.end - span.begin, self._vocab_size), bool)
+        for row in range(span.begin, span.end):
             if row in allowed:
-                masks[row - run.begin] = allowed[row]
+                masks[row - span.begin] = allowed[row]
         return self._xp.asarray(masks)
-
-    def _host_mask(self, ids: Sequence[int]) -> np.ndarray:
-        mask = np.zeros(self._vocab_size, bool)
-        mask[list(ids)] = True
-        return mask
-
-    def _mask(self, ids: Sequence[int]) -> Any:
-        return self._xp.asarray(self._host_mask(ids))
 
 
 def _fields(memory: Any) -> tuple[Any, ...]:
@@ -221,8 +201,8 @@ def _kind(settings: SamplerSettings) -> tuple:
     return breakers, tuple(settings.xtc_protected) if settings.xtc_probability > 0 else ()
 
 
-def _one_or_all(values: list) -> Any:
-    """One number where all rows have the same: ops then take their shorter ways."""
-    if all(value == values[0] for value in values):
-        return values[0]
-    return np.array(values)
+def _of_all(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Each argument of all rows: one number where all have the same, for which ops take their shorter ways, or an array."""
+    rows = list(rows)
+    values = {name: [row[name] for row in rows] for name in rows[0]}
+    return {name: each[0] if all(one == each[0] for one in each) else np.array(each) for name, each in values.items()}

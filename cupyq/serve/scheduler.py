@@ -11,7 +11,7 @@ from typing import Any
 from cupyq.serve.pages import MustWait
 
 
-class Queue:
+class WaitingLine:
     """Jobs that have not begun, in the order in which they came. `max_skips`: how many may overtake one of them."""
 
     def __init__(self, max_skips: int):
