@@ -1,4 +1,4 @@
-"""Values on the command line, from text; what is wrong with one is an error that says what was expected."""
+"""Values on the command line, from text, whose errors say what was expected; and an option that many commands have."""
 
 import argparse
 import contextlib
@@ -44,3 +44,8 @@ def adapter(text):
         return folder, float(weight)
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected FOLDER or FOLDER=WEIGHT, got {text!r}") from None
+
+
+def add_backend(sub):
+    """Give a command --backend."""
+    sub.add_argument("--backend", choices=("auto", "numpy", "cupy"), default="auto", help="default: cupy where a GPU is usable")

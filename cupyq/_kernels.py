@@ -68,7 +68,8 @@ def _sources():
     return texts, digest.hexdigest()
 
 
-def _nvrtc():
+def load_nvrtc():
+    """The module cupy.cuda.nvrtc; BackendError where it cannot be loaded."""
     _arrays.require_cupy()
     try:
         from cupy.cuda import nvrtc
@@ -94,9 +95,9 @@ def cache_folder():
         raise BackendError("no home folder to keep compiled kernels in; set CUPYQ_CACHE_DIR to a writable folder") from None
 
 
-def _target(arch):
+def target_of(arch):
     """The `--gpu-architecture` value and file suffix: a cubin, or PTX of the newest known target for an unknown GPU."""
-    known = _nvrtc().getSupportedArchs()
+    known = load_nvrtc().getSupportedArchs()
     number = _device.arch_number(arch)
     if number in known:
         return arch, "cubin"
@@ -107,8 +108,8 @@ def _target(arch):
 
 
 def _cache_paths(wanted, arch):
-    target, suffix = _target(arch)
-    key = "\0".join((_sources()[1], *OPTIONS, str(_nvrtc().getVersion()), target, wanted.file, wanted.expression))
+    target, suffix = target_of(arch)
+    key = "\0".join((_sources()[1], *OPTIONS, str(load_nvrtc().getVersion()), target, wanted.file, wanted.expression))
     stem = f"{wanted.expression.split('<')[0]}-{arch}-{hashlib.sha256(key.encode()).hexdigest()[:24]}"
     return cache_folder() / f"{stem}.{suffix}", cache_folder() / f"{stem}.name"
 
@@ -149,11 +150,11 @@ def _cached_name(code_path, name_path):
 
 def compile_instance(wanted, arch, options=()):
     """Compile one instance, bypassing the cache -> (cubin or PTX bytes, lowered name, compiler log)."""
-    nvrtc = _nvrtc()
+    nvrtc = load_nvrtc()
     texts, _ = _sources()
     if f"{wanted.file}.cu" not in texts:
         raise BackendError(f"no kernel source {wanted.file}.cu in {SOURCE_FOLDER}")
-    target, suffix = _target(arch)
+    target, suffix = target_of(arch)
     headers = [name for name in texts if name.endswith(".cuh")]
     program = nvrtc.createProgram(
         texts[f"{wanted.file}.cu"],
@@ -185,7 +186,7 @@ def compiled(wanted, arch):
     with _locks.setdefault(code_path, threading.Lock()):
         lowered = _cached_name(code_path, name_path)
         if lowered is None:
-            with _announced(f"compiling {wanted} for {arch} (first use only)"):
+            with announced(f"compiling {wanted} for {arch} (first use only)"):
                 code, lowered, _ = compile_instance(wanted, arch)
             # The code file comes last: where it stands, so does the name.
             _write_atomically(name_path, lowered.encode())
@@ -199,7 +200,7 @@ def compile_all(instances, arch, label="compiling kernels"):
     if not missing:
         return 0
     with (
-        _announced(f"{label}: {len(missing)} for {arch} (first use only)"),
+        announced(f"{label}: {len(missing)} for {arch} (first use only)"),
         ThreadPoolExecutor(os.process_cpu_count() if hasattr(os, "process_cpu_count") else os.cpu_count()) as pool,
     ):
         list(pool.map(lambda wanted: compiled(wanted, arch), missing))
@@ -210,7 +211,7 @@ _announcing = threading.Lock()
 
 
 @contextlib.contextmanager
-def _announced(what):
+def announced(what):
     """Say on stderr what takes so long, once it has taken a second. Nested announcements stay silent."""
     if not _announcing.acquire(blocking=False):
         yield

@@ -11,7 +11,7 @@ import json
 import os
 import sys
 
-from cupyq._arguments import adapter, number_list, token_list, whole
+from cupyq._arguments import adapter, add_backend, number_list, token_list, whole
 from cupyq._version import VERSION
 from cupyq.bench import arguments as bench_arguments
 from cupyq.quantize import arguments as quantize_arguments
@@ -67,33 +67,6 @@ def build_parser():
         sub.add_argument("--json", action="store_true", help="print one JSON object as the last line of stdout")
         return sub
 
-    def model_arguments(sub):
-        sub.add_argument("model", metavar="MODEL", help="folder with config.json and *.safetensors")
-        sub.add_argument(
-            "--backend", choices=("auto", "numpy", "cupy"), default="auto", help="default: cupy where a GPU is usable"
-        )
-
-    def ranks_arguments(sub):
-        sub.add_argument(
-            "--tp",
-            type=whole(1),
-            nargs="?",
-            const=0,
-            metavar="N",
-            help="spread the model over N GPUs (NumPy: threads), or over the processes that mpirun, torchrun or srun started; "
-            "N may be left out there, and stands for all GPUs elsewhere",
-        )
-        sub.add_argument(
-            "--tp-weights",
-            type=number_list,
-            metavar="W,W,...",
-            help="how much of the model each of them is to hold, such as its free memory; default: equal parts",
-        )
-
-    def cache_argument(sub, help, **options):
-        kinds = " ".join(CACHES)
-        sub.add_argument("--cache", choices=CACHES, metavar="KIND", help=f"{help}; one of {kinds}", **options)
-
     sub = command("doctor", _doctor, "show GPU, driver, CuPy, compiler and cache, and what mends the missing ones")
     sub.add_argument("--tp", action="store_true", help="look at several GPUs too: links, NCCL, launcher, speed of exchange")
 
@@ -101,8 +74,52 @@ def build_parser():
     sub.add_argument("model", metavar="MODEL", help="folder with config.json and *.safetensors")
 
     sub = command("generate", _generate, "continue a prompt; the text goes to stdout as it is made, speeds go to stderr")
-    model_arguments(sub)
-    ranks_arguments(sub)
+    _add_generate(sub)
+
+    sub = command(
+        "perplexity", _perplexity, "measure how well a model predicts a text, and how far it is from a reference model"
+    )
+    _add_perplexity(sub)
+
+    sub = command("quantize", _quantize, "quantize a model: EXL2 of any number of bits, or GPTQ")
+    quantize_arguments.add_arguments(sub)
+
+    sub = command("compile", _compile, "compile the kernels ahead of their first use")
+    sub.add_argument("--arch", nargs="+", metavar="ARCH", help="such as sm_80 sm_90a; default: this machine's GPU")
+
+    sub = command("bench", _bench, "measure products, attention or a model, against what this machine can do at most")
+    bench_arguments.add_arguments(sub)
+    return parser
+
+
+def _add_model(sub):
+    """Which model, and where it runs."""
+    sub.add_argument("model", metavar="MODEL", help="folder with config.json and *.safetensors")
+    add_backend(sub)
+    sub.add_argument(
+        "--tp",
+        type=whole(1),
+        nargs="?",
+        const=0,
+        metavar="N",
+        help="spread the model over N GPUs (NumPy: threads), or over the processes that mpirun, torchrun or srun started; "
+        "N may be left out there, and stands for all GPUs elsewhere",
+    )
+    sub.add_argument(
+        "--tp-weights",
+        type=number_list,
+        metavar="W,W,...",
+        help="how much of the model each of them is to hold, such as its free memory; default: equal parts",
+    )
+
+
+def _add_cache(sub, help, **options):
+    kinds = " ".join(CACHES)
+    sub.add_argument("--cache", choices=CACHES, metavar="KIND", help=f"{help}; one of {kinds}", **options)
+
+
+def _add_generate(sub):
+    _add_model(sub)
     prompt = sub.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT", help="the text to continue; needs the model's tokenizer.json")
     prompt.add_argument("--tokens", type=token_list, metavar="1,2,3", help="the prompt as token ids")
@@ -144,31 +161,19 @@ def build_parser():
         metavar="FOLDER[=W]",
         help="a LoRA adapter, a PEFT folder, its delta multiplied by W; may be given again",
     )
-    cache_argument(sub, "what keys and values are kept in; default: fp16, the model's own dtype", default="fp16")
+    _add_cache(sub, "what keys and values are kept in; default: fp16, the model's own dtype", default="fp16")
     sub.add_argument(
         "--seed", type=whole(0), metavar="S", help="the same seed gives the same text; default: a new one each time"
     )
 
-    sub = command(
-        "perplexity", _perplexity, "measure how well a model predicts a text, and how far it is from a reference model"
-    )
-    model_arguments(sub)
-    ranks_arguments(sub)
+
+def _add_perplexity(sub):
+    _add_model(sub)
     sub.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text")
     sub.add_argument("--window", type=whole(2), default=256, metavar="N", help="tokens per window; default 256")
     sub.add_argument("--max-windows", type=whole(1), metavar="N", help="stop after N windows; default: the whole text")
     sub.add_argument("--reference", metavar="MODEL2", help="model to compare with, for KL divergence and top-1 agreement")
-    cache_argument(sub, "go token by token through a cache of this kind; default: whole windows, without one")
-
-    sub = command("quantize", _quantize, "quantize a model: EXL2 of any number of bits, or GPTQ")
-    quantize_arguments.add_arguments(sub, whole)
-
-    sub = command("compile", _compile, "compile the kernels ahead of their first use")
-    sub.add_argument("--arch", nargs="+", metavar="ARCH", help="such as sm_80 sm_90a; default: this machine's GPU")
-
-    sub = command("bench", _bench, "measure products, attention or a model, against what this machine can do at most")
-    bench_arguments.add_arguments(sub, whole)
-    return parser
+    _add_cache(sub, "go token by token through a cache of this kind; default: whole windows, without one")
 
 
 def main(argv=None):
@@ -456,7 +461,7 @@ def _compile(arguments):
     label = f"compiling for {', '.join(dict.fromkeys(archs))}"
     start = time.perf_counter()
     with (
-        _kernels._announced(label),
+        _kernels.announced(label),
         tqdm(total=len(jobs), desc=label, unit="kernel", delay=1, leave=False, disable=None, file=sys.stderr) as bar,
         ThreadPoolExecutor(os.cpu_count()) as pool,
     ):
@@ -472,7 +477,7 @@ def _checked_arch(text):
     from cupyq import _device, _kernels
 
     number = _device.arch_number(text)
-    known = [known for known in _kernels._nvrtc().getSupportedArchs() if known >= 75]
+    known = [known for known in _kernels.load_nvrtc().getSupportedArchs() if known >= 75]
     if number not in known:
         raise ValueError(f"--arch {text}: this NVRTC and cupyq know {', '.join(f'sm_{known}' for known in known)}")
     return _device.arch_of(*divmod(number, 10))

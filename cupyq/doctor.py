@@ -286,7 +286,7 @@ def _nvrtc():
     from cupyq import _device, _kernels
 
     arch = _device.current().arch if _device.count() else _ARCH_WITHOUT_GPU
-    target, suffix = _kernels._target(arch)
+    target, suffix = _kernels.target_of(arch)
     program = nvrtc.createProgram(_PROBE, "probe.cu", [], [])
     try:
         nvrtc.compileProgram(program, (f"--gpu-architecture={target}",))

@@ -68,7 +68,7 @@ def in_threads(function, *arguments):
 
 def compilation_key(instance, arch):
     """Everything the result of a compilation depends on."""
-    version = _kernels._nvrtc().getVersion()
+    version = _kernels.load_nvrtc().getVersion()
     parts = (included_text(f"{instance.file}.cu"), instance.expression, arch, str(_kernels.OPTIONS), str(version))
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
@@ -142,7 +142,7 @@ def write_receipt():
         digests[file] = digest_of_file(file)
         # After each file, so that a run that is broken off has not compiled in vain.
         known = {name: digest for name, digest in receipted_digests().items() if name in instances_by_file()} | digests
-        version = ".".join(map(str, _kernels._nvrtc().getVersion()))
+        version = ".".join(map(str, _kernels.load_nvrtc().getVersion()))
         RECEIPT.write_text(json.dumps({"nvrtc": version, "archs": TARGET_ARCHS, "files": known}, indent=1) + "\n")
 
 

@@ -295,7 +295,7 @@ def test_many_rows_are_told_in_teraflops():
         "k": 8192, "n": 28672, "bits": "4", "rows": 4096, "us": 2600.0, "limit_us": 2405.0, "share": 0.925, "error": 3e-4,
         "gigabytes_per_s": 150.0, "teraflops": 740.0,
     }  # fmt: skip
-    assert "740 TFLOP/s" in qmatmul.table_line(row) and "92.5%" in qmatmul.table_line(row)
+    assert "740 TFLOP/s" in qmatmul.row_text(row) and "92.5%" in qmatmul.row_text(row)
 
 
 @pytest.fixture
@@ -400,7 +400,7 @@ def test_the_sweep_tells_what_the_choice_in_use_loses(capsys):
     assert row["ways_us"] == {"mma": 10.0, "wgmma": None, "dequantise": 30.0}
     assert row["best"][0] == {"us": 10.0, "way": "mma", "config": {"slices": 2}}
     assert row["wrong"] == [{"way": "wgmma", "config": {"slices": 3}}] and "WRONG" in capsys.readouterr().err
-    line = sweep._line(row | {"k": 64, "n": 96, "bits": "4", "rows": 1})
+    line = sweep.row_text(row | {"k": 64, "n": 96, "bits": "4", "rows": 1})
     assert "25.0%" in line and line.endswith("mma slices=2") and " - " in line
 
 

@@ -97,8 +97,8 @@ def test_limits_and_sums_of_a_row(monkeypatch):
     assert row["speed_up"] == pytest.approx(2) and row["gigabytes"] == pytest.approx(0.004) and row["is_right"]
     assert row["limit_tokens_per_s"] == pytest.approx(500) and row["share"] == pytest.approx(0.5)
     assert row["sum_us"] == 100 and row["sums_share"] == pytest.approx(0.1)
-    assert bench._text(row).split() == ["2", "250.0", "4.000", "2.00", "0.00", "50.0%", "100.0", "10.0%"]
-    assert len(bench._text(row)) == len(bench.COLUMNS)
+    assert bench.row_text(row).split() == ["2", "250.0", "4.000", "2.00", "0.00", "50.0%", "100.0", "10.0%"]
+    assert len(bench.row_text(row)) == len(bench.COLUMNS)
     assert bench._row(replace(TINY, backend="cupy"), config, None, 2, 2.0, [])["speed_up"] is None
 
 

@@ -122,7 +122,7 @@ def test_compile_gives_an_elf_file_and_the_lowered_name(sources):
 def test_an_unknown_newer_arch_gets_ptx_of_the_newest_known_one(sources, cache):
     path, lowered = compiled(WANTED, "sm_999")
     text = path.read_text()
-    known = _kernels._nvrtc().getSupportedArchs()
+    known = _kernels.load_nvrtc().getSupportedArchs()
     assert path.suffix == ".ptx" and lowered in text
     assert f".target sm_{max(known)}\n" in text
 
@@ -132,10 +132,10 @@ def test_an_unknown_arch_between_known_ones_gets_ptx_of_the_next_older(sources, 
         def getSupportedArchs(self):
             return [86, 75, 90]
 
-    monkeypatch.setattr(_kernels, "_nvrtc", Older)
-    assert _kernels._target("sm_89") == ("compute_86", "ptx")
-    assert _kernels._target("sm_90a") == ("sm_90a", "cubin")
-    assert _kernels._target("sm_120") == ("compute_90", "ptx")
+    monkeypatch.setattr(_kernels, "load_nvrtc", Older)
+    assert _kernels.target_of("sm_89") == ("compute_86", "ptx")
+    assert _kernels.target_of("sm_90a") == ("sm_90a", "cubin")
+    assert _kernels.target_of("sm_120") == ("compute_90", "ptx")
 
 
 def test_an_arch_that_nvrtc_has_dropped_is_refused(sources):
@@ -277,13 +277,13 @@ def test_the_key_covers_everything_that_changes_the_code(sources, cache, monkeyp
     keys.append(key(arch="sm_999"))
     monkeypatch.setattr(_kernels, "OPTIONS", (*_kernels.OPTIONS, "--use_fast_math"))
     keys.append(key())
-    nvrtc = _kernels._nvrtc()
+    nvrtc = _kernels.load_nvrtc()
 
     class Newer:
         getSupportedArchs = staticmethod(nvrtc.getSupportedArchs)
         getVersion = staticmethod(lambda: (99, 0))
 
-    monkeypatch.setattr(_kernels, "_nvrtc", Newer)
+    monkeypatch.setattr(_kernels, "load_nvrtc", Newer)
     keys.append(key())
     assert len(set(keys)) == len(keys)
 
@@ -1173,14 +1173,14 @@ def test_two_streams_do_not_wait_for_each_other(loaded, cupy):
 def test_ptx_of_an_unknown_arch_loads(loaded, cupy, monkeypatch):
     """As on a GPU newer than NVRTC: PTX of the newest architecture this NVRTC and this GPU share."""
     real = _device.current().arch
-    nvrtc = _kernels._nvrtc()
+    nvrtc = _kernels.load_nvrtc()
     older = [number for number in nvrtc.getSupportedArchs() if number < _device.arch_number(real)]
 
     class Older:
         def __getattr__(self, name):
             return (lambda: older) if name == "getSupportedArchs" else getattr(nvrtc, name)
 
-    monkeypatch.setattr(_kernels, "_nvrtc", Older)
+    monkeypatch.setattr(_kernels, "load_nvrtc", Older)
     assert compiled(WANTED, real)[0].suffix == ".ptx"
     y = cupy.ones(4, dtype=cupy.float32)
     _kernels.launch(WANTED, (1,), (32,), (y, np.int32(4)))

@@ -11,17 +11,14 @@ from hypothesis import strategies as st
 from cupyq.formats.exl2 import pack_exl2
 from cupyq.layers.linear import Linear
 from cupyq.ops.qmatrix import QMatrix
-from cupyq.quantize.layouts import EXLLAMAV2_ATTENTION, EXLLAMAV2_MLP, HEAD_LAYOUTS, MENU, Layout, Part
+from cupyq.quantize.layouts import HEAD_LAYOUTS, MENU, Layout, Part
 
-EVERY = {
-    *MENU,
-    *HEAD_LAYOUTS.values(),
-    *(layout for option in (*EXLLAMAV2_ATTENTION, *EXLLAMAV2_MLP) for layout in option.values()),
-}
-
-
-def names(layouts):
-    return [layout.name for layout in layouts]
+# Of exllamav2's own menus: source exllamav2 (qparams.py).
+EXLLAMAV2 = """
+    3x.05g64+2x.95g64  3x.1g64+2x.9g64  3x.3g64+2x.7g64  4x.1g128+3x.9g128  5x.05g32+3x.95g32  5x.1g64+4x.9g64
+    6x.05g32+3x.2g64+2x.75g64  8x.05g32+4x.1g128+3x.85g128  8x.05g32+4x.1g32+3x.85g32  8x.1g128+6x.9g128
+"""
+EVERY = {*MENU, *HEAD_LAYOUTS.values(), *map(Layout.parse, EXLLAMAV2.split())}
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------
@@ -193,21 +190,6 @@ def test_the_menu_suits_small_layers():
     bits = sorted({layout.storage_bits(256, 256) / 256**2 for layout in MENU})
     assert len(bits) >= 20 and bits[0] < 2.2
     assert max(np.diff([b for b in bits if b < 6.3])) <= 0.5
-
-
-def test_the_menus_of_exllamav2():
-    assert [list(option) for option in EXLLAMAV2_ATTENTION] == [["q_proj", "k_proj", "v_proj", "o_proj"]] * 19
-    assert [list(option) for option in EXLLAMAV2_MLP] == [["gate_proj", "up_proj", "down_proj"]] * 17
-    assert names(EXLLAMAV2_ATTENTION[3].values()) == ["3x.1g64+2x.9g64"] * 2 + ["4x.1g128+3x.9g128"] * 2
-    assert names(EXLLAMAV2_ATTENTION[17].values()) == ["6g32", "6g32", "8g32", "6g32"]
-    assert names(EXLLAMAV2_MLP[2].values()) == ["3x.1g64+2x.9g64", "3x.3g64+2x.7g64", "5x.05g32+3x.95g32"]
-    assert names(EXLLAMAV2_MLP[14].values()) == ["8x.1g128+6x.9g128"] * 2 + ["8x.15g128+6x.85g128"]
-    assert all(option["q_proj"] == option["k_proj"] for option in EXLLAMAV2_ATTENTION)
-    differing = [number for number, option in enumerate(EXLLAMAV2_ATTENTION) if option["v_proj"] != option["q_proj"]]
-    assert differing == [1, 2, 3, 5, 7, 8, 10, 11, 12, 13, 14, 15, 17]
-    for menu, k in ((EXLLAMAV2_ATTENTION, 4096), (EXLLAMAV2_MLP, 14336)):
-        bits = [sum(layout.storage_bits(k, 4096) for layout in option.values()) for option in menu]
-        assert bits == sorted(bits)
 
 
 def test_head_layouts():

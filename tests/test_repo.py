@@ -174,6 +174,25 @@ def test_cupy_is_imported_late_and_in_one_place():
     assert {path for name, path in importers if name in ("cupy", "cupyx", "cupy_backends")} <= allowed
 
 
+def private_names_of_kernels(source):
+    """Names with an underscore that a source text takes out of cupyq._kernels."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("_kernels", "cupyq._kernels"):
+            found.append(node.attr)
+        elif isinstance(node, ast.ImportFrom) and node.module in ("_kernels", "cupyq._kernels"):
+            found += [alias.name for alias in node.names]
+    return [name for name in found if name.startswith("_")]
+
+
+def test_what_kernels_keep_to_themselves_is_used_by_tests_alone():
+    sources = [*PACKAGE.rglob("*.py"), *(ROOT / "tools").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
+    private = {path.relative_to(ROOT).as_posix(): private_names_of_kernels(path.read_text()) for path in sources}
+    assert {path: names for path, names in private.items() if names} == {}
+    for source in ("_kernels._a(1)", "x = cupyq._kernels._a", "def late():\n    from cupyq._kernels import b, _a"):
+        assert private_names_of_kernels(source) == ["_a"]
+
+
 def run_python(code, **environment):
     return subprocess.run(
         [sys.executable, "-c", code],
@@ -338,7 +357,7 @@ def test_the_compile_receipt_covers_only_what_was_compiled(name, monkeypatch):
     elif name == "options":
         monkeypatch.setattr(_kernels, "OPTIONS", (*_kernels.OPTIONS, "--use_fast_math"))
     elif name == "nvrtc":
-        monkeypatch.setattr(_kernels, "_nvrtc", lambda: SimpleNamespace(getVersion=lambda: (99, 0)))
+        monkeypatch.setattr(_kernels, "load_nvrtc", lambda: SimpleNamespace(getVersion=lambda: (99, 0)))
     elif name == "checks":
         monkeypatch.setattr(compile_checks, "_text_of_checks", lambda: "others")
     else:

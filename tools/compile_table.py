@@ -64,7 +64,7 @@ def print_table(arch):
     instances = listed_instances()
     _kernels.compile_instance(instances[0], arch)
     results = [compile_and_read_log(instance, arch) for instance in instances]
-    nvrtc = ".".join(map(str, _kernels._nvrtc().getVersion()))
+    nvrtc = ".".join(map(str, _kernels.load_nvrtc().getVersion()))
     total = sum(result.seconds for result in results)
     print(f"{arch}, NVRTC {nvrtc}, {_processor()}: {len(results)} instances, {total:.0f} s of one core\n")
     print("| file | instances | mean s | slowest s | slowest instance | KB | registers |")

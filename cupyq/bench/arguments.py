@@ -1,6 +1,8 @@
-"""Options of `cupyq bench`. Imports nothing: the command line is built before anything heavy is loaded."""
+"""Options of `cupyq bench`: the command line is built of them before anything heavy is loaded."""
 
 import argparse
+
+from cupyq._arguments import add_backend, whole
 
 FAMILIES = """\
 families:
@@ -20,17 +22,16 @@ def _format(prog):
     return argparse.RawDescriptionHelpFormatter(prog, max_help_position=28, width=120)
 
 
-def add_arguments(parser, whole):
-    """`whole(low)` reads a whole number of at least `low`."""
+def add_arguments(parser):
     families = parser.add_subparsers(dest="family", metavar="FAMILY")
     parser.epilog = FAMILIES
     parser.formatter_class = _format
-    _add_qmatmul(_family(families, "qmatmul"), whole)
-    _add_attention(_family(families, "attention"), whole)
-    _add_model(_family(families, "model"), whole)
-    _add_quantize(_family(families, "quantize"), whole)
-    _add_serve(_family(families, "serve"), whole)
-    _add_tp(_family(families, "tp"), whole)
+    _add_qmatmul(_family(families, "qmatmul"))
+    _add_attention(_family(families, "attention"))
+    _add_model(_family(families, "model"))
+    _add_quantize(_family(families, "quantize"))
+    _add_serve(_family(families, "serve"))
+    _add_tp(_family(families, "tp"))
 
 
 def _family(families, name):
@@ -41,7 +42,13 @@ def _family(families, name):
     return sub
 
 
-def _add_qmatmul(sub, whole):
+def _add_random_model(sub):
+    sub.add_argument("--bits", default="4", help="EXL2 width or mixture of the decoder's layers; default 4")
+    sub.add_argument("--head-bits", type=whole(1), default=6, metavar="B", help="default 6")
+    sub.add_argument("--layers", type=whole(1), metavar="N", help="fewer layers, for a quick run")
+
+
+def _add_qmatmul(sub):
     sub.add_argument("--shapes", metavar="KxN,...", help="default: the matrices of 7, 8 and 70 B models, and a head")
     sub.add_argument("--bits", metavar="KIND,...", help="such as 4, 4-g32, 2.5, 4.65, gptq-g32, gptq8-g128, gptq-act")
     sub.add_argument("--rows", metavar="M,...", help="rows of x; default 1 to 4096")
@@ -52,7 +59,7 @@ def _add_qmatmul(sub, whole):
     sub.add_argument("--sweep", action="store_true", help="time every sensible configuration against the one in use")
 
 
-def _add_attention(sub, whole):
+def _add_attention(sub):
     sub.add_argument("--heads", type=whole(1), default=32, metavar="N", help="query heads; default 32")
     sub.add_argument("--kv-heads", type=whole(1), default=8, metavar="N", help="heads of keys and values; default 8")
     sub.add_argument("--head-dim", type=whole(8), default=128, metavar="N", help="size of a head; default 128")
@@ -62,13 +69,11 @@ def _add_attention(sub, whole):
     sub.add_argument("--quick", action="store_true", help="decoding and prompts of a few lengths, fp16 and q4")
 
 
-def _add_model(sub, whole):
+def _add_model(sub):
     sub.add_argument(
         "--shape", default="llama-3.1-8b", help="llama-3.1-8b (default), llama-3.1-70b, mistral-7b, qwen2.5-7b, tiny"
     )
-    sub.add_argument("--bits", default="4", help="EXL2 width or mixture of the decoder's layers; default 4")
-    sub.add_argument("--head-bits", type=whole(1), default=6, metavar="B", help="default 6")
-    sub.add_argument("--layers", type=whole(1), metavar="N", help="fewer layers, for a quick run")
+    _add_random_model(sub)
     sub.add_argument(
         "--context",
         type=lengths,
@@ -88,23 +93,21 @@ def _add_model(sub, whole):
     sub.add_argument("--kernels", action="store_true", help="the time of each kernel of a step, by PyTorch's profiler")
     sub.add_argument("--load", action="store_true", help="write the model, load it in new processes, time the first token")
     sub.add_argument("--folder", metavar="DIR", help="where --load writes; default: in memory if there is room")
-    sub.add_argument("--backend", choices=("auto", "numpy", "cupy"), default="auto", help="default: cupy where a GPU is usable")
+    add_backend(sub)
 
 
-def _add_quantize(sub, whole):
+def _add_quantize(sub):
     sub.add_argument("--shape", metavar="MODEL", help="llama-3.1-8b (default), llama-3.1-70b, mistral-7b, qwen2.5-7b, tiny")
     sub.add_argument("--shapes", metavar="KxN,...", help="matrices in place of a model's")
     sub.add_argument("--layouts", metavar="NAME,...", help="such as 4g64 or 3x.5g64+2x.5g64; default: four of the menu")
     sub.add_argument("--tokens", type=whole(1), metavar="N", help="of calibration, for a layer; default 204800")
     sub.add_argument("--quick", action="store_true", help="one matrix and one layout")
-    sub.add_argument("--backend", choices=("auto", "numpy", "cupy"), default="auto", help="default: cupy where a GPU is usable")
+    add_backend(sub)
 
 
-def _add_serve(sub, whole):
+def _add_serve(sub):
     sub.add_argument("--shape", default="llama-3.1-8b", metavar="MODEL", help="of random weights; default llama-3.1-8b")
-    sub.add_argument("--bits", default="4", help="EXL2 width or mixture of the decoder's layers; default 4")
-    sub.add_argument("--head-bits", type=whole(1), default=6, metavar="B", help="default 6")
-    sub.add_argument("--layers", type=whole(1), metavar="N", help="fewer layers, for a quick run")
+    _add_random_model(sub)
     sub.add_argument("--model", metavar="DIR", help="a checkpoint in place of random weights")
     sub.add_argument("--text", metavar="FILE", help="prompts are pieces of it; default: random tokens")
     sub.add_argument("--concurrent", type=lengths, default=(1, 8, 32, 128), metavar="N,...", help="jobs; default 1,8,32,128")
@@ -114,10 +117,10 @@ def _add_serve(sub, whole):
     sub.add_argument("--draft", metavar="NAME", help="guess ahead: ngram, or the folder of a smaller model")
     sub.add_argument("--guesses", type=whole(1), default=4, metavar="N", help="tokens guessed at a time; default 4")
     sub.add_argument("--sampled", action="store_true", help="draw tokens with the default sampler settings, not greedily")
-    sub.add_argument("--backend", choices=("auto", "numpy", "cupy"), default="auto", help="default: cupy where a GPU is usable")
+    add_backend(sub)
 
 
-def _add_tp(sub, whole):
+def _add_tp(sub):
     sub.add_argument("--what", choices=("all-reduce", "decode", "all"), default="all", help="default: all")
     sub.add_argument("--gpus", metavar="N,...", help="numbers of GPUs; default: 1, 2, 4 and 8, as far as there are so many")
     sub.add_argument("--shape", default="llama-3.1-70b", metavar="MODEL", help="to decode; default llama-3.1-70b")

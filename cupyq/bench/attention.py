@@ -445,14 +445,14 @@ class AttentionTable(Table):
             "of_fp16": us / plain_us,
             "error": finite(error),
         } | shared
-        self.add(row, table_line(row), is_right)
+        self.add(row, row_text(row), is_right)
 
 
 def cache_name(kind, is_paged):
     return kind + (" paged" if is_paged else "")
 
 
-def table_line(row):
+def row_text(row):
     """A row of the table; peers as how many times as long they take, `of fp16` as the share of a contiguous cache's time."""
     rate = f"{row['teraflops']:.0f} TFLOP/s" if row["queries"] > 16 else f"{row['gigabytes_per_s']:.0f} GB/s"
     ratios = (row[f"{peer}_us"] for peer in PEERS)

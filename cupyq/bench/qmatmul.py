@@ -284,10 +284,10 @@ class QmatmulTable(Table):
         if other is not None:
             row["exllamav2_error"] = finite(exact.error(other.product(half)))
             row["exllamav2_us"] = other.microseconds(half, limit_us)
-        self.add(row, table_line(row), is_right=error <= ALLOWED_ERROR[x.dtype])
+        self.add(row, row_text(row), is_right=error <= ALLOWED_ERROR[x.dtype])
 
 
-def table_line(row):
+def row_text(row):
     """A row of the table; peers as how many times as long they take."""
     is_memory_bound = row["gigabytes_per_s"] > row["teraflops"] * 4
     rate = f"{row['gigabytes_per_s']:.0f} GB/s" if is_memory_bound else f"{row['teraflops']:.0f} TFLOP/s"

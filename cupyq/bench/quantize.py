@@ -16,9 +16,9 @@ from cupyq.bench.shapes import shape_config
 from cupyq.bench.table import Table, finite
 from cupyq.bench.timing import eager_microseconds, graph_microseconds, wait
 from cupyq.ops.quantize_group import (
-    _GPTQ_SHARES,
-    _SEARCHES,
-    _SHARES,
+    GPTQ_SHARES,
+    SEARCHES,
+    SHARES,
     quantize_group,
     quantize_group_reference,
     search_scales,
@@ -115,7 +115,7 @@ def product_teraflops(dtype, size=8192):
 
 def search_flops(rows, n, bits):
     """Of `search_scales`. Half of an fp32 product's operations fit into the time of its instructions."""
-    return 2 * _INSTRUCTIONS * _SHARES * _SEARCHES[bits].window * rows * n
+    return 2 * _INSTRUCTIONS * SHARES * SEARCHES[bits].window * rows * n
 
 
 def group_flops(rows, n):
@@ -199,7 +199,9 @@ class QuantizeTable(Table):
         """work: as `Rates.microseconds` takes it."""
         limit_us = None if self.rates is None else self.rates.microseconds(**work)
         self.found[step, shape, variant] = us, limit_us
-        matrix = "x".join(map(str, shape))
+        self._add(step, "x".join(map(str, shape)), variant, us, limit_us, error, error <= most)
+
+    def _add(self, step, matrix, variant, us, limit_us, error=0.0, is_right=True):
         row = {
             "family": "quantize",
             "device": "numpy" if self.rates is None else self.rates.limits.device,
@@ -211,7 +213,7 @@ class QuantizeTable(Table):
             "share": None if limit_us is None else limit_us / us,
             "error": finite(error),
         }
-        self.add(row, table_line(row), error <= most)
+        self.add(row, row_text(row), is_right)
 
     # --- kernels of a group ---
 
@@ -234,7 +236,7 @@ class QuantizeTable(Table):
             found = search_scales_gptq(part, weights, 4, is_symmetric)
             error = differs(found, search_scales_gptq_reference(small[0], small[2], 4, is_symmetric))
             run = functools.partial(search_scales_gptq, target, weights, 4, is_symmetric, scales=scales, zeros=zeros)
-            tried = _GPTQ_SHARES * (1 if is_symmetric else 3)
+            tried = GPTQ_SHARES * (1 if is_symmetric else 3)
             work = {"moved_bytes": 4 * rows * n, "fp32": 2 * _INSTRUCTIONS * tried * rows * n}
             name = "4 bits, sym" if is_symmetric else "4 bits, asym"
             self.row("search_scales_gptq", shape, name, self.kernel_microseconds(run), error, 0, **work)
@@ -273,7 +275,7 @@ class QuantizeTable(Table):
     def _hessian_error(self, total, x, y):
         """Of a sum x^T y, in some of its rows, norm-wise."""
         some = slice(0, SLICE)
-        exact = self._exact(x[:, some]).T @ self._exact(y)
+        exact = x[:, some].astype(np.float64).T @ y.astype(np.float64)
         return self._relative(total[some], exact)
 
     def _factor_error(self, prepared):
@@ -286,9 +288,6 @@ class QuantizeTable(Table):
         rows = xp.arange(min(SLICE, k))
         exact[rows, rows] += prepared.ridge[:SLICE]
         return self._relative(found, exact)
-
-    def _exact(self, x):
-        return x.astype(np.float64)
 
     def _relative(self, found, exact):
         return float(namespace(found=found).linalg.norm(found - exact) / namespace(exact=exact).linalg.norm(exact))
@@ -335,21 +334,10 @@ class QuantizeTable(Table):
             us, limit_us = (
                 sum(count * self.found[key][i] for count, key in parts) if self.rates or i == 0 else None for i in range(2)
             )
-            row = {
-                "family": "quantize",
-                "device": "numpy" if self.rates is None else self.rates.limits.device,
-                "step": f"layer, {step}",
-                "matrix": shape,
-                "variant": f"{self.options.tokens} tokens",
-                "us": us,
-                "limit_us": limit_us,
-                "share": None if limit_us is None else limit_us / us,
-                "error": 0.0,
-            }
-            self.add(row, table_line(row), True)
+            self._add(f"layer, {step}", shape, f"{self.options.tokens} tokens", us, limit_us)
 
 
-def table_line(row):
+def row_text(row):
     limit, share = ("-", "-") if row["limit_us"] is None else (f"{row['limit_us']:.1f}", f"{row['share']:.1%}")
     error = "nan" if row["error"] is None else f"{row['error']:.1e}"
     return f"{row['step']:<22} {row['matrix']:>14} {row['variant']:>18} {row['us']:>12.1f} {limit:>10} {share:>7} {error:>8}"

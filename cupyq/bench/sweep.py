@@ -72,7 +72,7 @@ def run(options, out=None, lines=None):
                     "limit_us": limit_us,
                 }
                 found.append(row | _measure(products, cases[rows], x[:rows], exact, limit_us))
-                emit(found[-1], _line(found[-1]), out, lines)
+                emit(found[-1], row_text(found[-1]), out, lines)
             del products, exact
             free_memory()
         del words, x
@@ -139,7 +139,7 @@ def _case(case):
     return {"way": way, "config": None if config is None else dataclasses.asdict(config)}
 
 
-def _line(row):
+def row_text(row):
     best = row["best"][0] if row["best"] else {"us": float("nan"), "way": "none", "config": None}
     config = " ".join(f"{name}={value}" for name, value in (best["config"] or {}).items())
     ways = " ".join(f"{'-' if row['ways_us'][way] is None else format(row['ways_us'][way], '.1f'):>9}" for way in WAYS)

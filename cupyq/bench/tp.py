@@ -59,7 +59,7 @@ def run(options, out, lines=None):
             found += [_norm_row(nccl_comms, comms, rows_of_one, link, start) for rows_of_one in NORM_ROWS]
             for row in found:
                 rows.append(row)
-                emit(row, _text(row), out, lines)
+                emit(row, row_text(row), out, lines)
     return rows, all(row["is_right"] for row in rows)
 
 
@@ -286,7 +286,7 @@ def link_gigabytes_per_s(comms, size=256 << 20):
     return size / min(times) / 1e6
 
 
-def _text(row):
+def row_text(row):
     what = row["what"] if "rows" not in row else f"norm of {row['rows']}"
     times = " ".join(number(row[name], 9, 1) for name in ("nccl_us", "one_shot_us", "two_shot_us", "limit_us"))
     text = (

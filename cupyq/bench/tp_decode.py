@@ -83,7 +83,7 @@ def run(options, out, lines=None):
     for count in options.gpus:
         row = _row(options, config, checkpoint, count, gigabytes_per_s, rows)
         rows.append(row)
-        emit(row, _text(row), out, lines)
+        emit(row, row_text(row), out, lines)
     return rows, all(row["is_right"] for row in rows)
 
 
@@ -237,7 +237,7 @@ def _width(share):
     return share.n if share.columns is None else len(share.columns)
 
 
-def _text(row):
+def row_text(row):
     text = (
         f"{row['gpus']:>4} {row['tokens_per_s']:>9.1f} {row['milliseconds']:>9.3f} {number(row['speed_up'], 8, 2)}"
         f" {row['gigabytes']:>8.2f} {percent(row['share'], 8)} {number(row['sum_us'], 7, 1)} {percent(row['sums_share'], 7)}"

@@ -23,7 +23,7 @@ _uint8 = np.dtype(np.uint8)
 _MOST_ROWS = 128
 
 # Of cu/search_scales.cu and cu/scale_search.cuh.
-_SHARES = 24
+SHARES = 24
 _SLICE_COLS, _MAXIMA_COLS, _CHOSEN_COLS = 32, 256, 8192
 _WARPS = 8
 
@@ -42,18 +42,18 @@ def _search(first, last, shares, reach=0.0, window=0):
 
 
 # On normal, Laplace and Student-t weights (rows 32 to 128), twice the candidates find errors lower by 0.1 % on average.
-_SEARCHES = {
-    2: _search(1.2, 0.3, _SHARES, 1.3, 8),
-    3: _search(1.2, 0.4, _SHARES, 1.2, 6),
-    4: _search(1.2, 0.4, _SHARES, 1.15, 4),
-    **{bits: _search(1.2, 0.8, _SHARES, 1.15, 3) for bits in (5, 6, 8)},
+SEARCHES = {
+    2: _search(1.2, 0.3, SHARES, 1.3, 8),
+    3: _search(1.2, 0.4, SHARES, 1.2, 6),
+    4: _search(1.2, 0.4, SHARES, 1.15, 4),
+    **{bits: _search(1.2, 0.8, SHARES, 1.15, 3) for bits in (5, 6, 8)},
 }
-_GPTQ_SHARES = 32
+GPTQ_SHARES = 32
 _GPTQ_SEARCHES = {
-    2: _search(1.4, 0.3, _GPTQ_SHARES),
-    3: _search(1.2, 0.4, _GPTQ_SHARES),
-    4: _search(1.1, 0.5, _GPTQ_SHARES),
-    **{bits: _search(1.05, 0.7, _GPTQ_SHARES) for bits in (5, 6, 8)},
+    2: _search(1.4, 0.3, GPTQ_SHARES),
+    3: _search(1.2, 0.4, GPTQ_SHARES),
+    4: _search(1.1, 0.5, GPTQ_SHARES),
+    **{bits: _search(1.05, 0.7, GPTQ_SHARES) for bits in (5, 6, 8)},
 }
 
 
@@ -147,21 +147,21 @@ def search_scales_workspace_size(n):
 
 def _workspace_parts(n):
     """Bytes of the totals, of the columns' maxima, of the candidates of scale_max, and of the codes of each."""
-    return -(-n // _SLICE_COLS) * _SHARES * 8, -(-n // _MAXIMA_COLS) * 4, _SHARES * 2, _SHARES * n
+    return -(-n // _SLICE_COLS) * SHARES * 8, -(-n // _MAXIMA_COLS) * 4, SHARES * 2, SHARES * n
 
 
 @np.errstate(divide="ignore", invalid="ignore", over="ignore", under="ignore")
 def search_scales_reference(target, weights, bits):
-    search, n = _SEARCHES[bits], target.shape[1]
+    search, n = SEARCHES[bits], target.shape[1]
     to_base = _to_base(bits)
     largest = np.fmax.reduce(np.abs(target), axis=0, initial=np.float32(0))
-    scale_maxima = _candidates(largest.max() * to_base, search, _SHARES)
+    scale_maxima = _candidates(largest.max() * to_base, search, SHARES)
     units = _rounded(scale_maxima / np.float32(256))[:, None]
     top = np.fmax(np.float32(1), np.fmin(np.float32(16), np.ceil(np.sqrt(largest * to_base * search.reach / units))))
     factors = np.maximum(np.float32(1), top[:, None] - np.arange(search.window, dtype=np.float32)[:, None])
 
-    least, best = np.zeros((_SHARES, n + -n % _SLICE_COLS), np.float32), np.empty((_SHARES, n), np.uint8)
-    for part in _column_parts(n, _SHARES * search.window):
+    least, best = np.zeros((SHARES, n + -n % _SLICE_COLS), np.float32), np.empty((SHARES, n), np.uint8)
+    for part in _column_parts(n, SHARES * search.window):
         s = factors[..., part]
         scales = _rounded(s * s * units[:, None])
         errors = _errors(target[:, part], weights, scales, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
@@ -232,7 +232,7 @@ def _tree(values):
 
 
 def _launch_search_scales(target, weights, bits, codes, scale_max, scales16, workspace):
-    (rows, n), search = target.shape, _SEARCHES[bits]
+    (rows, n), search = target.shape, SEARCHES[bits]
     ends = np.cumsum(_workspace_parts(n)).tolist()
     totals, maxima, candidates, chosen = (workspace[i:j] for i, j in zip([0, *ends[:-1]], ends, strict=True))
     sizes = (np.int32(rows), np.int32(n))
@@ -242,7 +242,7 @@ def _launch_search_scales(target, weights, bits, codes, scale_max, scales16, wor
     arguments = (target, weights, maxima, totals, candidates, chosen, *sizes, *numbers)
     launch(instance("search_scales", search.window), (-(-n // _SLICE_COLS),), (32 * _WARPS,), arguments)
     choose = (totals, candidates, chosen, codes, scale_max, scales16, np.int32(n))
-    launch(instance("choose_scales", file="search_scales"), (-(-n // _CHOSEN_COLS),), (32 * _SHARES,), choose)
+    launch(instance("choose_scales", file="search_scales"), (-(-n // _CHOSEN_COLS),), (32 * SHARES,), choose)
 
 
 # --- scales of GPTQ ---------------------------------------------------------------------------------------------------
@@ -301,10 +301,10 @@ def search_scales_gptq_reference(target, weights, bits, is_symmetric):
         plain = (high - low) * _to_scale(bits, is_symmetric)
         nearest = np.clip(np.rint(-low * _inverse(plain)), np.float32(1), maxq)
         tried = np.clip(nearest + np.array([[0], [-1], [1]], np.float32), np.float32(1), maxq)
-    candidates = _candidates(plain, search, _GPTQ_SHARES)
+    candidates = _candidates(plain, search, GPTQ_SHARES)
 
     scales, zeros = np.empty(n, np.float16), np.empty(n, np.uint8)
-    for part in _column_parts(n, _GPTQ_SHARES):
+    for part in _column_parts(n, GPTQ_SHARES):
         errors = [_errors(target[:, part], weights, candidates[:, part], -z[part], maxq - z[part]) for z in tried]
         # Shares first, their zero points within: argmin takes the first of equals in this order.
         errors = np.stack(errors, axis=1).reshape(-1, errors[0].shape[1])

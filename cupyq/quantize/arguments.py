@@ -1,9 +1,11 @@
-"""Options of `cupyq quantize`. Imports nothing: the command line is built before anything heavy is loaded.
+"""Options of `cupyq quantize`: the command line is built of them before anything heavy is loaded.
 
 What is not given is None, or False: the defaults are those of `quantize_model`.
 """
 
 import argparse
+
+from cupyq._arguments import add_backend, whole
 
 HEAD_BITS = (2, 3, 4, 5, 6, 8)  # cupyq.quantize.layouts.HEAD_LAYOUTS, which is not loaded for --help
 
@@ -14,8 +16,7 @@ part of the work when the same model is wanted with other bits: --measurement OU
 """
 
 
-def add_arguments(parser, whole):
-    """`whole(low)` reads a whole number of at least `low`."""
+def add_arguments(parser):
     parser.epilog = NOTES
     parser.formatter_class = lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=28, width=120)
     parser.add_argument("source", metavar="IN", help="folder of the unquantized model, with its tokenizer.json")
@@ -55,9 +56,7 @@ def add_arguments(parser, whole):
     parser.add_argument("--evaluate", metavar="FILE", help="text to compare OUT with IN on; default: the calibration text")
     parser.add_argument("--windows", type=whole(0), metavar="N", help="of that text, 0: no comparison; default 16")
     parser.add_argument("--resume", action="store_true", help="go on with what a run that did not end left in OUT.partial")
-    parser.add_argument(
-        "--backend", choices=("auto", "numpy", "cupy"), default="auto", help="default: cupy where a GPU is usable"
-    )
+    add_backend(parser)
     parser.add_argument(
         "--dtype", choices=("float16", "bfloat16", "float32"), help="of activations; default: float16, on NumPy float32"
     )

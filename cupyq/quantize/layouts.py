@@ -124,12 +124,6 @@ def _menu(*names):
     return tuple(map(Layout.parse, names))
 
 
-def _columns(projections, table):
-    """Rows of a table, one option each with one name per column, as dicts from projection to Layout."""
-    rows = (line.split() for line in table.strip().splitlines())
-    return tuple(dict(zip(projections, _menu(*names), strict=True)) for names in rows)
-
-
 MENU = _menu(
     "2g128",
     "2g32",
@@ -165,57 +159,6 @@ Most have one width. Where rows are quantized in the order they are stored, each
 it, and the first ones, of the strongest inputs, are left with no more of the loss than the last: wider codes there gain
 little. The mixtures of two neighbouring widths fill the steps. A few percent of rows at 6 or 8 bits are for layers with some
 inputs far above the rest, as the last projection of an MLP may have."""
-
-EXLLAMAV2_ATTENTION = _columns(
-    ("q_proj", "k_proj", "v_proj", "o_proj"),
-    """
-    3x.05g64+2x.95g64  3x.05g64+2x.95g64  3x.05g64+2x.95g64  3x.05g64+2x.95g64
-    3x.1g64+2x.9g64    3x.1g64+2x.9g64    3x.25g64+2x.75g64  3x.1g64+2x.9g64
-    3x.1g64+2x.9g64    3x.1g64+2x.9g64    4x.1g128+3x.9g128  3x.1g64+2x.9g64
-    3x.1g64+2x.9g64    3x.1g64+2x.9g64    4x.1g128+3x.9g128  4x.1g128+3x.9g128
-    4x.1g128+3x.9g128  4x.1g128+3x.9g128  4x.1g128+3x.9g128  4x.1g128+3x.9g128
-    4x.1g128+3x.9g128  4x.1g128+3x.9g128  4x.1g64+3x.9g64    4x.1g128+3x.9g128
-    4g128              4g128              4g128              4g128
-    4g128              4g128              4g64               4g128
-    4g64               4g64               4g32               4g64
-    4g32               4g32               4g32               4g32
-    5x.1g128+4x.9g128  5x.1g128+4x.9g128  5x.1g64+4x.9g64    5x.1g128+4x.9g128
-    5x.1g64+4x.9g64    5x.1g64+4x.9g64    5x.1g32+4x.9g32    5x.1g64+4x.9g64
-    5x.1g64+4x.9g64    5x.1g64+4x.9g64    5g64               5x.1g64+4x.9g64
-    5x.1g32+4x.9g32    5x.1g32+4x.9g32    5g32               5x.1g32+4x.9g32
-    6x.1g128+5x.9g128  6x.1g128+5x.9g128  6g128              6x.1g128+5x.9g128
-    6x.1g32+5x.9g32    6x.1g32+5x.9g32    6g32               6x.1g32+5x.9g32
-    6g128              6g128              6g128              6g128
-    6g32               6g32               8g32               6g32
-    8g128              8g128              8g128              8g128
-    """,
-)
-"""exllamav2's options for an attention block: the layouts of its projections go together. Source: exllamav2 (qparams.py)."""
-
-EXLLAMAV2_MLP = _columns(
-    ("gate_proj", "up_proj", "down_proj"),
-    """
-    3x.05g64+2x.95g64  3x.05g64+2x.95g64   6x.05g32+3x.2g64+2x.75g64
-    3x.1g64+2x.9g64    3x.25g64+2x.75g64   6x.05g32+3x.2g64+2x.75g64
-    3x.1g64+2x.9g64    3x.3g64+2x.7g64     5x.05g32+3x.95g32
-    3x.1g64+2x.9g64    3x.3g64+2x.7g64     5x.05g32+4x.95g32
-    4x.1g128+3x.9g128  4x.25g128+3x.75g128 8x.05g32+4x.1g128+3x.85g128
-    4x.1g32+3x.9g32    4x.25g32+3x.75g32   8x.05g32+4x.1g32+3x.85g32
-    4x.1g32+3x.9g32    4x.25g32+3x.75g32   8x.05g32+4x.95g128
-    4g128              4g32                8x.05g32+4x.95g128
-    4g32               4g32                8x.05g32+4x.95g32
-    5x.1g128+4x.9g128  5x.25g128+4x.75g128 8x.05g32+5x.1g128+4x.85g128
-    5x.1g32+4x.9g32    5x.25g32+4x.75g32   8x.05g32+5x.1g32+4x.85g32
-    6x.1g128+5x.9g128  6x.25g128+5x.75g128 8x.05g32+6x.1g128+5x.85g128
-    6x.1g32+5x.9g32    6x.25g32+5x.75g32   8x.05g32+6x.1g32+5x.85g32
-    6g128              6g128               8x.05g32+6x.95g128
-    8x.1g128+6x.9g128  8x.1g128+6x.9g128   8x.15g128+6x.85g128
-    8x.1g128+6x.9g128  8x.1g128+6x.9g128   8g128
-    8g128              8g128               8g128
-    """,
-)
-"""exllamav2's options for an MLP, or for the experts of a mixture (gate w1, up w3, down w2); one without a gate has no use for
-that column. Source: exllamav2 (qparams.py)."""
 
 HEAD_LAYOUTS = {
     2: Layout.parse("4x.3g32+2x.7g32"),

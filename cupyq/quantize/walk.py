@@ -121,13 +121,14 @@ class LayerWalk:
 
     def parts(self) -> dict[str, Part]:
         """What the same layers are made of: several of them of one part where they are stored as one; a tied head of none."""
-        plan = self._blueprint
-        parts = [part for layer in plan.layers for part in (*layer.attention, *layer.mlp)]
-        parts += [plan.head] if plan.head is not None else []
+        blueprint = self._blueprint
+        parts = [part for layer in blueprint.layers for part in (*layer.attention, *layer.mlp)]
+        parts += [blueprint.head] if blueprint.head is not None else []
         found: dict[str, Part] = {}
         for part in parts:
             if "weight" not in part.tensors:
-                raise UnsupportedError(f"{plan.checkpoint.folder}: {part.key} is quantized already: take the original model")
+                folder = blueprint.checkpoint.folder
+                raise UnsupportedError(f"{folder}: {part.key} is quantized already: take the original model")
             found |= {key: part for key in part.linears if not self._is_router(key)}
         return found
 

@@ -50,10 +50,10 @@ class OutputTensor:
         return self.dtype.itemsize * int(np.prod(self.shape, dtype=np.int64))
 
     @classmethod
-    def stored(cls, file: SafetensorsFile | Checkpoint, name: str, as_name: str | None = None) -> "OutputTensor":
+    def stored(cls, file: SafetensorsFile | Checkpoint, name: str) -> "OutputTensor":
         """A tensor that already lies in a file."""
         info = file.info(name)
-        return cls(as_name or name, info.dtype, tuple(info.shape), lambda: file.array(name))
+        return cls(name, info.dtype, tuple(info.shape), lambda: file.array(name))
 
 
 # --- before any work --------------------------------------------------------------------------------------------------
