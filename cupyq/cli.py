@@ -96,6 +96,7 @@ def _add_model(sub):
     """Which model, and where it runs."""
     sub.add_argument("model", metavar="MODEL", help="folder with config.json and *.safetensors")
     add_backend(sub)
+    sub.add_argument("--max-seq-len", type=whole(1), metavar="N", help="the longest context to serve; default: the model's")
     sub.add_argument(
         "--tp",
         type=whole(1),
@@ -249,10 +250,10 @@ def _load(path, arguments, comm=None):
     if comm is None:
         from cupyq.models.loader import load_model
 
-        return load_model(path, backend=arguments.backend)
+        return load_model(path, backend=arguments.backend, max_seq_len=arguments.max_seq_len)
     from cupyq import tp
 
-    return tp.load_model(path, comm, weights=arguments.tp_weights)
+    return tp.load_model(path, comm, weights=arguments.tp_weights, max_seq_len=arguments.max_seq_len)
 
 
 def _on_ranks(work, arguments):

@@ -227,6 +227,17 @@ def test_generate_stops_at_the_end_token(run_json, copy):
     assert result["tokens"] == golden["greedy"][:2]
 
 
+def test_a_context_too_long_for_tables_is_cut_where_asked(run_json, refused, copy):
+    folder = copy(PLAIN)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 1 << 27}))
+    arguments = ("generate", str(folder), "--tokens", "5,6", "--greedy", "--max-new-tokens", "3")
+    assert "--max-seq-len" in refused(*arguments)
+    result, _ = run_json(*arguments, "--max-seq-len", "64")
+    assert len(result["tokens"]) == 3
+    assert "pass the model's context of 8" in refused(*arguments[:-1], "30", "--max-seq-len", "8")
+
+
 def test_one_new_token_has_no_decode_speed(run_json):
     result, _ = run_json("generate", EXL2, "--tokens", "5", "--greedy", "--max-new-tokens", "1", "--backend", "numpy")
     assert len(result["tokens"]) == 1 and result["decode_tokens_per_s"] is None

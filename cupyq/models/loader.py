@@ -79,7 +79,7 @@ def read_config(path: str | os.PathLike[str], max_seq_len: int | None) -> ModelC
         if 4 * config.rotary_dim * config.max_seq_len > _MOST_TABLE_BYTES:
             raise UnsupportedError(
                 f"{config.path}: max_position_embeddings: {config.max_seq_len} positions take more than "
-                f"{_MOST_TABLE_BYTES >> 30} GiB of sines and cosines; say how many are needed: max_seq_len=..."
+                f"{_MOST_TABLE_BYTES >> 30} GiB of sines and cosines; say how many you need: max_seq_len=..., or --max-seq-len"
             )
         return config
     max_seq_len, most = whole_number(max_seq_len, "max_seq_len"), config.longest_seq_len
