@@ -59,6 +59,15 @@ def count():
         return 0
 
 
+def choose_backend(backend):
+    """ "numpy" or "cupy": `backend`, or for "auto" what this machine has. ValueError for any other."""
+    if backend not in ("auto", "numpy", "cupy"):
+        raise ValueError(f"backend must be 'auto', 'numpy' or 'cupy', got {backend!r}")
+    if backend == "auto":
+        return "cupy" if count() else "numpy"
+    return backend
+
+
 def current():
     """DeviceInfo of CuPy's current device. Raises BackendError where there is none."""
     cupy = require_cupy()

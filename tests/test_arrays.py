@@ -1,6 +1,7 @@
 """Checks every op shares, and the edge where arrays of other frameworks enter and leave."""
 
 import importlib.util
+from types import SimpleNamespace
 
 import ml_dtypes
 import numpy as np
@@ -16,6 +17,7 @@ from cupyq._arrays import (
     namespace,
     output,
     refuse_partial_overlap,
+    to_host,
 )
 from cupyq.ops.norm import rms_norm
 
@@ -63,6 +65,12 @@ def test_namespace_refuses_a_mix_of_libraries(cupy):
 
 
 # --- check, output, overlap -------------------------------------------------------------------------------------------
+
+
+def test_arrays_come_to_the_host_and_those_there_stay():
+    array = np.ones(3, np.float32)
+    assert to_host(array) is array
+    assert to_host(SimpleNamespace(get=lambda: array)) is array
 
 
 def test_check_accepts_what_fits():

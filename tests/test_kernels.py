@@ -104,6 +104,14 @@ def test_arch_of_a_compute_capability():
     assert [_device.arch_of(*capability) for capability in capabilities] == archs.split()
 
 
+def test_the_backend_is_what_was_asked_for_or_what_there_is(monkeypatch):
+    for count, found in ((0, "numpy"), (1, "cupy")):
+        monkeypatch.setattr(_device, "count", lambda count=count: count)
+        assert [_device.choose_backend(backend) for backend in ("auto", "numpy", "cupy")] == [found, "numpy", "cupy"]
+    with pytest.raises(ValueError, match="backend must be 'auto', 'numpy' or 'cupy', got 'torch'"):
+        _device.choose_backend("torch")
+
+
 def test_every_target_arch_is_what_its_gpu_reports():
     for arch in _device.TARGET_ARCHS:
         number = _device.arch_number(arch)

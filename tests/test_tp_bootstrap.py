@@ -16,7 +16,7 @@ from tp_checks import StandInForNccl, in_threads
 
 from cupyq.errors import BackendError, FormatError
 from cupyq.tp import bootstrap
-from cupyq.tp.bootstrap import Place, check_same, choose_backend, connect, find_place, group, model_digest
+from cupyq.tp.bootstrap import Place, check_same, connect, find_place, group, model_digest
 from cupyq.tp.local import LocalComm, SoloComm
 
 # --- places -----------------------------------------------------------------------------------------------------------
@@ -161,15 +161,6 @@ def test_groups_within_one_process():
         group(2, backend="cupy", devices=[0])
     with pytest.raises(BackendError, match="need GPU 98, and this process sees"):
         group(99, backend="cupy")
-
-
-def test_backends(monkeypatch):
-    monkeypatch.setattr(bootstrap._device, "count", lambda: 0)
-    assert choose_backend("auto") == "numpy"
-    monkeypatch.setattr(bootstrap._device, "count", lambda: 1)
-    assert choose_backend("auto") == "cupy" and choose_backend("numpy") == "numpy"
-    with pytest.raises(ValueError, match="backend must be"):
-        choose_backend("torch")
 
 
 @pytest.mark.parametrize(

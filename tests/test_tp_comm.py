@@ -14,7 +14,7 @@ from tp_checks import DeviceArray, StandInForNccl, free_port, in_threads, int32
 
 from cupyq.errors import BackendError
 from cupyq.tp import nccl
-from cupyq.tp.comm import Comm, one_line, rank_names, sum_in_rank_order, together
+from cupyq.tp.comm import Comm, gather_bytes, one_line, rank_names, sum_in_rank_order, together
 from cupyq.tp.local import LocalComm, SoloComm
 from cupyq.tp.nccl import NcclComm
 from cupyq.tp.sockets import SocketComm
@@ -49,9 +49,9 @@ def stand_in(monkeypatch):
 
 
 def test_a_group_of_one_works_on_the_gpu_it_was_given(stand_in):
-    with SoloComm(stand_in.xp, 3)._on_device():
+    with SoloComm(stand_in.xp, 3).on_device():
         assert stand_in.current_device() == 3
-    with SoloComm()._on_device():
+    with SoloComm().on_device():
         assert stand_in.current_device() == 0
 
 
@@ -185,6 +185,13 @@ def test_all_gather(make, ranks, dtype):
         for axis, result in zip((0, 1, 2), joined, strict=True):
             np.testing.assert_array_equal(bits(result), bits(np.concatenate(values, axis)))
             assert result.flags.c_contiguous and result.dtype == dtype
+
+
+@on_ranks
+def test_every_rank_has_the_bytes_of_all(make, ranks):
+    texts = [bytes([rank, 0, 255, 10 * rank]) * 65 for rank in range(ranks)]
+    works = [lambda comm=comm: gather_bytes(comm, texts[comm.rank]) for comm in make(ranks)]
+    assert in_threads(works) == [texts] * ranks
 
 
 @pytest.mark.parametrize("rows", [1, 3, 0])
@@ -340,7 +347,7 @@ def test_arguments_that_make_no_sense(make):
         (lambda: comm.all_reduce(good.T), ValueError, "C-contiguous"),
         (lambda: comm.all_reduce(good, put(comm, np.ones(2, float32))), ValueError, "out must have shape"),
         (lambda: comm.all_reduce(good.reshape(-1)[:4], good.reshape(-1)[1:5]), ValueError, "overlaps array partly"),
-        (lambda: comm.all_gather(good, good.reshape(1, 2, 3)), ValueError, "overlaps array, which is sent"),
+        (lambda: comm.all_gather(good, good.reshape(1, 2, 3)), ValueError, "out overlaps array, which is still read"),
         (lambda: comm.all_gather(good, axis=2), ValueError, r"axis must lie in -2\.\.1"),
         (lambda: comm.all_gather(good, axis=0, sizes=[3]), ValueError, r"sizes must hold .* \[0\] being 2, got \[3\]"),
         (lambda: comm.all_gather(good, axis=0, sizes=[2, 2]), ValueError, "sizes must hold"),

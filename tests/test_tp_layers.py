@@ -11,7 +11,7 @@ from cupyq.ops.norm import rms_norm
 from cupyq.ops.qmatmul import InputNorm
 from cupyq.tp.layers import SUMMED_ROWS, NoHeads, SummedLinear, SummedMoE, SummingNorm, leave_sums_to_norms
 from cupyq.tp.local import LocalComm
-from cupyq.tp.split import split_rows
+from cupyq.tp.split import take_rows
 
 
 def on_ranks(ranks, work):
@@ -66,7 +66,7 @@ def test_quantized_parts(ranks):
     def work(comm):
         share = k // ranks
         rows = slice(comm.rank * share, (comm.rank + 1) * share)
-        part = QMatrix.from_tensors(split_rows(tensors, rows.start, rows.stop))
+        part = QMatrix.from_tensors(take_rows(tensors, range(k)[rows]))
         hidden = residual.copy()
         return SummedLinear(Linear(part), comm)(np.ascontiguousarray(x[:, rows]), residual=hidden, out=hidden)
 

@@ -18,15 +18,7 @@ from cupyq.formats import exl2, gptq, tiles
 from cupyq.formats.safetensors import Checkpoint
 from cupyq.ops.qmatmul import qmatmul
 from cupyq.ops.reconstruct import reconstruct
-from cupyq.tp.split import (
-    split_columns,
-    split_lora_columns,
-    split_lora_rows,
-    split_rows,
-    stored_features,
-    take_columns,
-    take_rows,
-)
+from cupyq.tp.split import stored_features, take_columns, take_rows
 
 EXL2_PROJECTIONS = [f"model.layers.1.{name}_proj" for name in ("self_attn.q", "self_attn.o", "mlp.gate", "mlp.down")]
 
@@ -118,7 +110,7 @@ def test_columns_are_those_of_the_layer(name, ranks):
     whole = weights(tensors, **options)
     n = whole.shape[1]
     for begin, end in spans(n, ranks, column_unit(tensors)):
-        part = split_columns(tensors, begin, end)
+        part = take_columns(tensors, range(begin, end))
         assert same_bits(np.ascontiguousarray(weights(part, **options)), np.ascontiguousarray(whole[:, begin:end]))
         if tensors.get("bias") is not None:
             assert same_bits(part["bias"], tensors["bias"][begin:end])
@@ -159,7 +151,7 @@ def test_parts_by_rows_add_up_to_the_whole_product(name, ranks):
     tensors, options = layers()[name], zeros_of(name)
     k = len(weights(tensors, **options))
     for unit in (32, 8):
-        parts = [(np.arange(*span), split_rows(tensors, *span)) for span in spans(k, ranks, unit)]
+        parts = [(np.arange(*span), take_rows(tensors, range(*span))) for span in spans(k, ranks, unit)]
         check_rows(tensors, parts, **options)
         assert ["bias" in part for _, part in parts] == [tensors.get("bias") is not None] + [False] * (len(parts) - 1)
 
@@ -168,7 +160,7 @@ def test_parts_by_rows_add_up_to_the_whole_product(name, ranks):
 def test_parts_in_stored_order_add_up_and_have_no_padding(name):
     tensors, options = layers()[name], zeros_of(name)
     k = len(weights(tensors, **options))
-    chosen = [stored_features(tensors, *span) for span in spans(k, 3, 32)]
+    chosen = [stored_features(tensors, range(*span)) for span in spans(k, 3, 32)]
     assert [len(rows) for rows in chosen] == [end - begin for begin, end in spans(k, 3, 32)]
     parts = [(rows, take_rows(tensors, rows)) for rows in chosen]
     check_rows(tensors, parts, **options)
@@ -188,11 +180,11 @@ def test_a_part_can_be_split_again():
     for name in ("mixture", "gptq act-order"):
         tensors = layers()[name]
         whole = weights(tensors)
-        half = split_rows(tensors, 8, 96)
+        half = take_rows(tensors, range(8, 96))
         assert "row_input" in half
-        quarter = split_columns(split_rows(half, 8, 64), 8, 24)
+        quarter = take_columns(take_rows(half, range(8, 64)), range(8, 24))
         assert same_bits(np.ascontiguousarray(weights(quarter)), np.ascontiguousarray(whole[16:72, 8:24]))
-        rows = stored_features(half, 0, 32)
+        rows = stored_features(half, range(32))
         assert same_bits(weights(take_rows(half, rows)), whole[8 + rows])
 
 
@@ -203,7 +195,7 @@ def test_an_mlp_split_in_stored_order_is_the_whole_mlp():
     middle = np.sign(x @ weights(gate).astype(np.float64))
     total = 0
     for begin, end in ((0, 256), (256, 544), (544, 768)):
-        features = stored_features(down, begin, end)
+        features = stored_features(down, range(begin, end))
         part = np.sign(x @ weights(take_columns(gate, features)).astype(np.float64))
         assert np.array_equal(part, middle[:, features])
         total += part @ weights(take_rows(down, features)).astype(np.float64)
@@ -218,7 +210,7 @@ def test_a_group_is_filled_up_to_whole_blocks():
     codes = np.arange(128)[:, None] % 7 + np.arange(8)
     perm = np.concatenate([np.arange(80, 120), np.arange(24), np.arange(120, 128), np.arange(24, 80)])
     layer = exl2.pack_exl2(codes, np.full((2, 8), 3), np.ones(2, np.float16), [4, 4], [64, 64], perm)
-    part = split_rows(layer, 80, 128)
+    part = take_rows(layer, range(80, 128))
     layout, order = exl2.validate_exl2(part)
     assert (layout.k, layout.stored_rows, layout.rows.tolist()) == (48, 96, [64, 32])
     assert order.tolist() == [*range(40), *[-1] * 24, *range(40, 48), *[-1] * 24]
@@ -232,24 +224,24 @@ def test_a_group_is_filled_up_to_whole_blocks():
 
 def test_words_of_whole_blocks_are_copied_and_groups_left_out():
     layer = layers()["in order"]  # groups of 128 rows in order, two of 4 bits, two of 3, one of 96
-    part = split_rows(layer, 256, 448)
+    part = take_rows(layer, range(256, 448))
     assert same_bits(part["q_weight"], layer["q_weight"][32 : 32 + 18])
     assert part["q_groups"].tolist() == [3, 0, 3, 12]
     assert same_bits(part["q_scale"], layer["q_scale"][2:4]) and same_bits(part["q_scale_max"], layer["q_scale_max"][2:4])
     assert np.array_equal(part["q_invperm"], np.arange(192))
     layer = layers()["gptq in groups of 32"]
-    part = split_rows(layer, 64, 160)
+    part = take_rows(layer, range(64, 160))
     assert np.shares_memory(part["qweight"], layer["qweight"]) and len(part["qzeros"]) == len(part["scales"]) == 3
     assert part["g_idx"].tolist() == np.repeat([0, 1, 2], 32).tolist()
 
 
 def test_rows_of_gptq_need_not_begin_with_a_word():
     tensors = layers()["gptq"]
-    assert same_bits(weights(split_rows(tensors, 40, 104)), weights(tensors)[40:104])
+    assert same_bits(weights(take_rows(tensors, range(40, 104))), weights(tensors)[40:104])
 
 
 def test_padding_of_gptq_comes_last():
-    part = split_rows(layers()["gptq act-order"], 8, 48)
+    part = take_rows(layers()["gptq act-order"], range(8, 48))
     layout = gptq.validate_gptq(part)
     assert layout.k == 40 and part["qweight"].shape == (8, 40)
     assert part["row_input"].tolist() == [*range(40), *[-1] * 24]
@@ -258,7 +250,7 @@ def test_padding_of_gptq_comes_last():
 
 @pytest.mark.parametrize("name", ["mixture", "groups of 32", "gptq act-order", "gptq of 3 bits"])
 def test_tiles_hold_every_input_once(name):
-    part = split_rows(layers()[name], 8, 64)
+    part = take_rows(layers()[name], range(8, 64))
     if "q_weight" in part:
         layout = tiles.exl2_tiles(*exl2.validate_exl2(part))
     else:
@@ -271,7 +263,7 @@ def test_mistaken_parts_would_be_seen():
     """Inputs of two rows exchanged, a row of padding that is none, a code, a scale: each changes the weights."""
     tensors = layers()["mixture"]
     expected = weights(tensors)[8:96]
-    part = split_rows(tensors, 8, 96)
+    part = take_rows(tensors, range(8, 96))
     swapped = part["row_input"].copy()
     first, second = np.flatnonzero(swapped >= 0)[[0, -1]]
     swapped[[first, second]] = swapped[[second, first]]
@@ -282,22 +274,6 @@ def test_mistaken_parts_would_be_seen():
     assert same_bits(weights(part), expected)
     for change in wrong:
         assert not same_bits(weights(part | change), expected)
-
-
-# --- LoRA ---------------------------------------------------------------------------------------------------------------
-
-
-def test_adapters_split_like_their_layers():
-    rng = np.random.default_rng(8)
-    x, a, b = (rng.integers(-8, 9, shape).astype(np.float64) for shape in ((3, 96), (96, 4), (4, 40)))
-    whole = x @ a @ b
-    for ranks in (2, 3, 4):
-        columns = [split_lora_columns(a, b, *span) for span in spans(40, ranks, 8)]
-        assert np.array_equal(np.concatenate([x @ part_a @ part_b for part_a, part_b in columns], axis=1), whole)
-        rows = [(span, split_lora_rows(a, b, *span)) for span in spans(96, ranks, 32)]
-        assert np.array_equal(sum(x[:, slice(*span)] @ part_a @ part_b for span, (part_a, part_b) in rows), whole)
-    with pytest.raises(ValueError, match="begin, end: 32 to 41, expected a range of the 40 columns"):
-        split_lora_columns(a, b, 32, 41)
 
 
 # --- matrices -----------------------------------------------------------------------------------------------------------
@@ -315,7 +291,7 @@ CASES = [
 @pytest.mark.parametrize("name, begin, end", CASES)
 def test_a_matrix_of_a_part_has_its_weights(library, name, begin, end):
     tensors = layers()[name]
-    part = split_rows(tensors, begin, end)
+    part = take_rows(tensors, range(begin, end))
     q = QMatrix.from_tensors({key: move(library, value) for key, value in part.items()}, name="part")
     assert (q.k, q.n) == (end - begin, codes_of(tensors).shape[1])
     assert same_bits(host(reconstruct(q)), weights(tensors)[begin:end])
@@ -332,7 +308,7 @@ def definition(name, begin, end):
 
 @pytest.mark.parametrize("name, begin, end", CASES)
 def test_a_product_with_a_part_is_that_of_its_rows(name, begin, end):
-    q = QMatrix.from_tensors(split_rows(layers()[name], begin, end))
+    q = QMatrix.from_tensors(take_rows(layers()[name], range(begin, end)))
     x = random(1, (3, end - begin), float16)
     check_product(qmatmul(x, q), x, definition(name, begin, end))
 
@@ -342,7 +318,7 @@ def test_kernels_multiply_by_parts(cupy, monkeypatch):
     """Rows of padding take no input, in whatever way the product is computed."""
     made = []
     for case in CASES:
-        part = split_rows(layers()[case[0]], *case[1:])
+        part = take_rows(layers()[case[0]], range(*case[1:]))
         made.append((QMatrix.from_tensors(to_gpu(cupy, part)), definition(*case)))
     for is_run, way in ((is_run, way) for is_run in compiled_first() for way in ways()):
         pin(monkeypatch, way)
@@ -358,7 +334,7 @@ def test_every_mixture_of_widths_splits(widths):
     tensors = random_exl2(np.random.default_rng(9), widths, n=16)
     k = len(weights(tensors))
     borders = [0, k // 3 // 8 * 8 + 8, k - 8, k]
-    check_rows(tensors, [(np.arange(*span), split_rows(tensors, *span)) for span in itertools.pairwise(borders)])
+    check_rows(tensors, [(np.arange(*span), take_rows(tensors, range(*span))) for span in itertools.pairwise(borders)])
 
 
 # --- what does not fit --------------------------------------------------------------------------------------------------
@@ -367,23 +343,22 @@ def test_every_mixture_of_widths_splits(widths):
 @pytest.mark.parametrize(
     "call, kind, message",
     [
-        (lambda t: split_columns(t, 0, 12), ValueError, "a part of 12 columns, expected a multiple of 8, as 4-bit"),
-        (lambda t: split_columns(t, 8, 8), ValueError, "begin, end: 8 to 8, expected a range of the 40 columns"),
-        (lambda t: split_columns(t, -8, 8), ValueError, "begin, end: -8 to 8"),
-        (lambda t: split_columns(t, 0, 48), ValueError, "begin, end: 0 to 48"),
-        (lambda t: split_columns(t, 0.0, 8), TypeError, "begin must be a whole number, got float"),
-        (lambda t: split_rows(t, 0, 801), ValueError, "begin, end: 0 to 801, expected a range of the 800 rows"),
+        (lambda t: take_columns(t, range(12)), ValueError, "a part of 12 columns, expected a multiple of 8, as 4-bit"),
+        (lambda t: take_columns(t, range(8, 8)), ValueError, r"columns: .* \[0\], expected at least one whole number"),
+        (lambda t: take_columns(t, range(-8, 8)), ValueError, "columns: -8 to 7, expected numbers from 0 to 39"),
+        (lambda t: take_columns(t, range(48)), ValueError, "columns: 0 to 47"),
+        (lambda t: take_rows(t, range(801)), ValueError, "rows: 0 to 800, expected numbers from 0 to 799"),
         (lambda t: take_rows(t, [0, 800]), ValueError, "rows: 0 to 800, expected numbers from 0 to 799"),
         (lambda t: take_rows(t, [1, 1]), ValueError, "rows: some occur twice"),
         (lambda t: take_rows(t, []), ValueError, "expected at least one whole number"),
         (lambda t: take_columns(t, [0.5]), ValueError, "columns: float64"),
-        (lambda t: split_rows({}, 0, 1, name="a.b"), FormatError, "a.b: neither EXL2 .* found no tensors"),
-        (lambda t: split_rows(t, 8, 20, name="a"), ValueError, "a: a part of 12 rows, expected a multiple of 8"),
-        (lambda t: split_rows(t | {"q_scale": None}, 0, 1, name="a"), FormatError, "a.q_scale: missing"),
-        (lambda t: split_columns({"qweight": t["q_weight"]}, 0, 8), FormatError, "qzeros: missing"),
-        (lambda t: split_rows({"weight": np.zeros(4, np.float16)}, 0, 1), FormatError, r"weight: shape \[4\]"),
+        (lambda t: take_rows({}, range(1), name="a.b"), FormatError, "a.b: neither EXL2 .* found no tensors"),
+        (lambda t: take_rows(t, range(8, 20), name="a"), ValueError, "a: a part of 12 rows, expected a multiple of 8"),
+        (lambda t: take_rows(t | {"q_scale": None}, range(1), name="a"), FormatError, "a.q_scale: missing"),
+        (lambda t: take_columns({"qweight": t["q_weight"]}, range(8)), FormatError, "qzeros: missing"),
+        (lambda t: take_rows({"weight": np.zeros(4, np.float16)}, range(1)), FormatError, r"weight: shape \[4\]"),
         (
-            lambda t: split_columns({"weight": np.zeros((4, 4), np.float16), "bias": np.zeros(3, np.float16)}, 0, 1),
+            lambda t: take_columns({"weight": np.zeros((4, 4), np.float16), "bias": np.zeros(3, np.float16)}, range(1)),
             FormatError,
             r"bias: shape \[3\], expected \[4\]",
         ),
@@ -401,8 +376,8 @@ def test_columns_of_3_bits_fill_words():
     tensors = layers()["gptq of 3 bits"]
     whole = weights(tensors)
     with pytest.raises(ValueError, match="a part of 16 columns, expected a multiple of 32, as 3-bit"):
-        split_columns(tensors, 0, 16)
-    assert same_bits(weights(split_columns(tensors, 20, 52)), np.ascontiguousarray(whole[:, 20:52]))  # words cut in two
+        take_columns(tensors, range(16))
+    assert same_bits(weights(take_columns(tensors, range(20, 52))), np.ascontiguousarray(whole[:, 20:52]))  # words cut in two
 
 
 @pytest.mark.parametrize(
@@ -421,12 +396,12 @@ def test_columns_of_3_bits_fill_words():
     ],
 )
 def test_a_wrong_row_input_is_refused(name, change, message):
-    part = split_rows(layers()[name], 8, 96)
+    part = take_rows(layers()[name], range(8, 96))
     with pytest.raises(FormatError, match=message):
         QMatrix.from_tensors(part | {"row_input": change(part["row_input"])})
 
 
 def test_row_input_takes_the_place_of_a_permutation():
-    part = split_rows(layers()["mixture"], 8, 96)
+    part = take_rows(layers()["mixture"], range(8, 96))
     with pytest.raises(FormatError, match="row_input: given beside q_perm"):
         QMatrix.from_tensors(part | {"q_perm": part["row_input"]})

@@ -69,7 +69,7 @@ class Options:
             tuple(map(parse_shape, shapes.split(","))) if name is None else tuple(dict.fromkeys(model_matrices(name).values()))
         )
         sizes = sizes[:1] if is_quick else sizes
-        is_on_host = backend == "numpy" or (backend == "auto" and _device.count() == 0)
+        is_on_host = _device.choose_backend(backend) == "numpy"
         return cls(None if is_quick else name, sizes, chosen, tokens or cls.tokens, is_on_host, is_quick)
 
 

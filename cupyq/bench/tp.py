@@ -89,7 +89,7 @@ def _values(rank, size):
 def _arrays(comms, size):
     found = []
     for comm in comms:
-        with comm._on_device():
+        with comm.on_device():
             found.append(require_cupy().asarray(_values(comm.rank, size)))
     return found
 
@@ -102,12 +102,12 @@ def captured(comms, streams, queue):
     """What queue() queues on the stream of each GPU: a graph for each, ready to be launched."""
     graphs = []
     for comm, stream in zip(comms, streams, strict=True):
-        with comm._on_device():
+        with comm.on_device():
             stream.synchronize()
             stream.begin_capture()
     queue()
     for comm, stream in zip(comms, streams, strict=True):
-        with comm._on_device():
+        with comm.on_device():
             graphs.append(stream.end_capture())
             graphs[-1].upload(stream)
             stream.synchronize()
@@ -124,11 +124,11 @@ def _graph_us(comms, work, arrays, loops, repeats=7, at_once=False):
     def queue():
         with together(comms) if at_once else contextlib.nullcontext():
             for comm, stream, array in zip(comms, streams, arrays, strict=True):
-                with comm._on_device(), stream:
+                with comm.on_device(), stream:
                     work(comm, array)
 
     for comm in comms:
-        with comm._on_device():
+        with comm.on_device():
             streams.append(cupy.cuda.Stream(non_blocking=True))
             cupy.cuda.get_current_stream().synchronize()  # the inputs may still be on their way
     queue()
@@ -136,14 +136,14 @@ def _graph_us(comms, work, arrays, loops, repeats=7, at_once=False):
     for _ in range(repeats + 2):
         events = []
         for comm, stream, graph in zip(comms, streams, graphs, strict=True):
-            with comm._on_device():
+            with comm.on_device():
                 start, end = cupy.cuda.Event(), cupy.cuda.Event()
                 start.record(stream)
                 graph.launch(stream)
                 end.record(stream)
                 events.append((start, end))
         for comm, (_, end) in zip(comms, events, strict=True):
-            with comm._on_device():
+            with comm.on_device():
                 end.synchronize()
         # The first GPU begins while the host still launches the others': the last one's time holds no such wait.
         times.append(min(1000 * cupy.cuda.get_elapsed_time(*pair) for pair in events))
@@ -157,7 +157,7 @@ def sum_us(ranks, values):
     with contextlib.ExitStack() as stack:
         comms, arrays, target = [stack.enter_context(comm) for comm in NcclComm.group(range(ranks))], [], {}
         for comm in comms:
-            with comm._on_device():
+            with comm.on_device():
                 arrays.append(require_cupy().zeros(values, float32))
                 target[comm.rank] = require_cupy().empty(values, float32)
         return _nccl_us(comms, lambda comm, array: comm.all_reduce(array, target[comm.rank]), arrays, 100)
@@ -197,25 +197,25 @@ def _size_row(nccl_comms, comms, size, link, start):
     def check():
         row["is_right"] &= all(np.array_equal(out.get(), exact) for out in outs)
         for comm, out in zip(comms, outs, strict=True):
-            with comm._on_device():
+            with comm.on_device():
                 out.fill(7)
                 require_cupy().cuda.get_current_stream().synchronize()
 
     row["nccl_us"] = _nccl_us(nccl_comms, lambda c, a: c.all_reduce(a, target[c.rank]), arrays, _loops(size))
     if row["nccl_us"] is not None:
         check()
-    peers = all(comm._peer is not None for comm in comms)
+    peers = all(comm.peer_memory is not None for comm in comms)
     for way in ("one_shot", "two_shot"):
         row[f"{way}_us"] = None
-        if peers and not (way == "one_shot" and size > Mailbox(ranks).one_shot_bytes()):
+        if peers and not (way == "one_shot" and size > Mailbox(ranks).one_shot_bytes):
             for comm, array in zip(comms, arrays, strict=True):
-                with comm._on_device():
-                    comm._peer.all_reduce(array, target[comm.rank], way=way, is_empty=True)
+                with comm.on_device():
+                    comm.peer_memory.all_reduce(array, target[comm.rank], way=way, is_empty=True)
                     require_cupy().cuda.get_current_stream().synchronize()
-            forced = lambda c, a, way=way: c._peer.all_reduce(a, target[c.rank], way=way)  # noqa: E731
+            forced = lambda c, a, way=way: c.peer_memory.all_reduce(a, target[c.rank], way=way)  # noqa: E731
             row[f"{way}_us"] = _graph_us(comms, forced, arrays, _loops(size))
             check()
-    row["in_use"] = (comms[0]._peer.way_of(size) if peers else None) or "nccl"
+    row["in_use"] = (comms[0].peer_memory.way_of(size) if peers else None) or "nccl"
     # At least: a kernel's start, and every GPU sends each byte of the others' shares once, and of its own sum.
     row["limit_us"] = start + 2 * (ranks - 1) / ranks * size / link / 1e3
     row["bus_gigabytes_per_s"] = _bus_gigabytes_per_s(row)
@@ -228,7 +228,7 @@ def _norm_row(nccl_comms, comms, rows, link, start):
     order = np.random.default_rng(1).permutation(NORM_DIM).astype(np.int32)
     arrays, given = [], {}
     for comm in comms:
-        with comm._on_device():
+        with comm.on_device():
             arrays.append(cupy.zeros((rows, NORM_DIM), float32))  # other sums of sums of sums would outgrow float32
             weight = cupy.asarray(np.ones(NORM_DIM, float32))
             given[comm.rank] = weight, cupy.asarray(order), cupy.empty((rows, NORM_DIM), float16)
@@ -240,12 +240,12 @@ def _norm_row(nccl_comms, comms, rows, link, start):
     size = arrays[0].nbytes
     row = {"family": "tp", "what": "norm", "gpus": ranks, "bytes": size, "rows": rows, "one_shot_us": None, "two_shot_us": None}
     row["nccl_us"] = _nccl_us(nccl_comms, once, arrays, NORM_LOOPS)
-    peers = all(comm._peer is not None for comm in comms)
-    way = comms[0]._peer.way_of(size) if peers else "nccl"  # of the sum, with the norm in its kernel or behind it
+    peers = all(comm.peer_memory is not None for comm in comms)
+    way = comms[0].peer_memory.way_of(size) if peers else "nccl"  # of the sum, with the norm in its kernel or behind it
     if peers:
         row[f"{way}_us"] = _graph_us(comms, once, arrays, NORM_LOOPS, at_once=True)
     for comm, array in zip(comms, arrays, strict=True):
-        with comm._on_device():
+        with comm.on_device():
             array.set(_values(comm.rank, rows * NORM_DIM).astype(float32).reshape(rows, NORM_DIM))
             cupy.cuda.get_current_stream().synchronize()
     with together(comms):
@@ -269,9 +269,9 @@ def link_gigabytes_per_s(comms, size=256 << 20):
     """Of a copy from the memory of the first GPU into that of the second."""
     cupy = require_cupy()
     first, second = comms[:2]
-    with second._on_device():
+    with second.on_device():
         target = cupy.empty(size, np.uint8)
-    with first._on_device():
+    with first.on_device():
         source = cupy.zeros(size, np.uint8)
         stream, times = cupy.cuda.Stream(non_blocking=True), []
         cupy.cuda.get_current_stream().synchronize()

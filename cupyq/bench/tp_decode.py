@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 
 from cupyq import _device
-from cupyq._arrays import require_cupy
+from cupyq._arrays import require_cupy, to_host
 from cupyq.bench.limits import read_gigabytes_per_s
 from cupyq.bench.model import step_bytes
 from cupyq.bench.random_matrices import Words
@@ -20,13 +20,12 @@ from cupyq.errors import BackendError
 from cupyq.models.loader import Blueprint, choose_dtype
 from cupyq.models.sampler import SamplerSettings
 from cupyq.models.warmup import compile_kernels
-from cupyq.tp.bootstrap import choose_backend
 from cupyq.tp.loading import RankPlan
 from cupyq.tp.model import RankModel
 from cupyq.tp.plan import TPPlan
 from cupyq.tp.reading import linear_tensors
 from cupyq.tp.running import run as run_ranks
-from cupyq.tp.split import split_columns, take_rows
+from cupyq.tp.split import take_columns, take_rows
 
 HEAD_BITS = 6
 PROMPT, WARM_STEPS, REPEATS = 16, 8, 3
@@ -51,7 +50,7 @@ class Options:
     @classmethod
     def parse(cls, shape, bits, layers=None, gpus=None, backend="auto", is_quick=False):
         """layers: None for all; gpus: numbers of GPUs, None for 1, 2, 4 and 8 as far as there are so many."""
-        backend = choose_backend(backend)
+        backend = _device.choose_backend(backend)
         usable = _device.count() if backend == "cupy" else 2
         gpus = tuple(count for count in (1, 2, 4, 8) if count <= usable) if gpus is None else tuple(gpus)
         if backend == "cupy" and (not gpus or max(gpus) > usable):
@@ -161,7 +160,7 @@ def _on_rank(options, config, checkpoint, comm):
 
 def _on_host(comm, tokens):
     comm.wait()
-    return (tokens if isinstance(tokens, np.ndarray) else tokens.get()).reshape(-1).copy()
+    return to_host(tokens).reshape(-1).copy()
 
 
 def _rank_model(config, checkpoint, comm):
@@ -224,9 +223,9 @@ class RandomRankPlan(RankPlan):
         """
         name = key.rpartition(".")[2]
         if name not in self._tables:
-            narrow = split_columns(linear_tensors(self.checkpoint, key), 0, _NARROW, name=key)
+            narrow = take_columns(linear_tensors(self.checkpoint, key), range(_NARROW), name=key)
             narrow.pop("bias", None)
-            self._tables[name] = narrow if share.rows is None else take_rows(narrow, np.asarray(share.rows), name=key)
+            self._tables[name] = narrow if share.rows is None else take_rows(narrow, share.rows, name=key)
         return self._tables[name]
 
     def _features_of(self, down):

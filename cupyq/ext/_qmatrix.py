@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cupyq import ops
-from cupyq._arrays import accepts_dlpack, check, float16
+from cupyq._arrays import accepts_dlpack, check, float16, to_host
 from cupyq.ext._arrays import entry, fill, integer, settle
 from cupyq.ext._handles import handles
 from cupyq.formats import exl2, gptq
@@ -169,9 +169,7 @@ def _write_order(tensors, q_perm, q_invperm, k):
     for name, target in (("q_perm", q_perm), ("q_invperm", q_invperm)):
         if target is not None:
             check(target, name, dtype=_int16, shape=(k,), writes=True)
-    g_idx = tensors["g_idx"]
-    host = tensors | {"g_idx": g_idx if isinstance(g_idx, np.ndarray) else g_idx.get()}
-    perm = gptq.validate_gptq(host).perm
+    perm = gptq.validate_gptq(tensors | {"g_idx": to_host(tensors["g_idx"])}).perm
     perm = np.arange(k) if perm is None else perm
     for target, order in ((q_perm, perm), (q_invperm, np.argsort(perm))):
         if target is not None:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from cupyq import ops
-from cupyq._arrays import check, float16, float32, int32, is_cupy
+from cupyq._arrays import check, float16, float32, int32, is_cupy, to_host
 from cupyq.ext._arrays import entry, integer, number, refuse_any_overlap
 from cupyq.ext._handles import handles
 from cupyq.ext._rotation import Rotation
@@ -383,8 +383,8 @@ class _Cache:
 
     def at(self, index):
         """A rank's past lengths and block table (None where there is none) on the host, after a look at every position."""
-        past = _on_host(self.past_lens[index])
-        table = None if self.tables is None else _on_host(self.tables[index])
+        past = to_host(self.past_lens[index])
+        table = None if self.tables is None else to_host(self.tables[index])
         if past.min() < 0:
             raise ValueError(f"{self.past_name}[{index}] must not be negative, got {past.min()}")
         if self.k is None:
@@ -424,10 +424,6 @@ class _Cache:
             keys, values = (cache[order].reshape(1, -1, *cache.shape[2:]) for cache in (k_cache, v_cache))
             this, kv_lengths = slice(row, row + 1), xp.asarray(lengths[row : row + 1])
             ops.attention(rank.q[this], keys, values, scale=scale, kv_lengths=kv_lengths, out=mixed[this])
-
-
-def _on_host(array):
-    return array if isinstance(array, np.ndarray) else array.get()
 
 
 def _append_to_pages(new, cache, pages, length):

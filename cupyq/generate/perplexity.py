@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from cupyq._arrays import to_host
 from cupyq.generate.generator import check_ids
 
 _LOGITS_BYTES = 256 << 20  # float32 logits of one batch: bounds the copy to the host
@@ -69,8 +70,8 @@ def perplexity(
     losses, divergences, agreements = [], [], 0
     for begin in range(0, count, batch):
         part = windows[begin : begin + batch]
-        rows = [_host(m.forward(m.xp.asarray(part))) for m in models[1:]]
-        rows.insert(0, _token_by_token(model, part, cache) if cache else _host(model.forward(model.xp.asarray(part))))
+        rows = [to_host(m.forward(m.xp.asarray(part))) for m in models[1:]]
+        rows.insert(0, _token_by_token(model, part, cache) if cache else to_host(model.forward(model.xp.asarray(part))))
         for index, targets in enumerate(part[:, 1:]):
             log_p = log_softmax(rows[0][index, : window - 1])
             losses.append(-math.fsum(log_p[np.arange(window - 1), targets]))
@@ -104,8 +105,4 @@ def _token_by_token(model: Any, ids: np.ndarray, kind: str) -> np.ndarray:
     """Logits of every position but the last, each of the tokens before it in a cache: float32 [batch, window - 1, vocab]."""
     cache = model.new_cache(batch=len(ids), capacity=ids.shape[1] - 1, kind=kind)
     tokens = model.xp.asarray(np.ascontiguousarray(ids.T))
-    return np.concatenate([_host(model.forward(column[:, None], cache)) for column in tokens[:-1]], axis=1)
-
-
-def _host(array: Any) -> np.ndarray:
-    return array if isinstance(array, np.ndarray) else array.get()
+    return np.concatenate([to_host(model.forward(column[:, None], cache)) for column in tokens[:-1]], axis=1)

@@ -21,6 +21,7 @@ from cupyq._arrays import bfloat16, float16, float32, require_cupy
 from cupyq._progress import progress
 from cupyq.errors import BackendError, FormatError, UnsupportedError
 from cupyq.formats.safetensors import Checkpoint
+from cupyq.formats.stored import stored_kind
 from cupyq.layers import MLP, Attention, DecoderLayer, Linear, MoE, ParallelDecoderLayer
 from cupyq.models import upload
 from cupyq.models.config import ModelConfig
@@ -65,7 +66,7 @@ def open_blueprint(
     path: str | os.PathLike[str], backend: str = "auto", *, dtype: Any = None, max_seq_len: int | None = None
 ) -> Iterator["Blueprint"]:
     """What `load_model` loads all of, for those who want a part at a time; its files are open within this context."""
-    xp = _choose_backend(backend)
+    xp = _library(backend)
     activations = choose_dtype(dtype, xp)
     config = read_config(path, max_seq_len)
     with Checkpoint(path) as checkpoint:
@@ -88,10 +89,8 @@ def read_config(path: str | os.PathLike[str], max_seq_len: int | None) -> ModelC
     return dataclasses.replace(config, max_seq_len=max_seq_len)
 
 
-def _choose_backend(backend: str) -> Any:
-    if backend not in ("auto", "numpy", "cupy"):
-        raise ValueError(f"backend must be 'auto', 'numpy' or 'cupy', got {backend!r}")
-    if backend == "numpy" or (backend == "auto" and _device.count() == 0):
+def _library(backend: str) -> Any:
+    if _device.choose_backend(backend) == "numpy":
         return np
     cupy = require_cupy()
     if _device.count() == 0:
@@ -157,9 +156,8 @@ class Blueprint:
         self.layers = [_plan_layer(plan, config, layer, local if config.windows[layer] else None) for layer in layers]
         self.norm = plan.norm("model.norm", scale=config.logit_scale)
         # Quantizers write a head of its own even for tied models.
-        has_own_head = any(f"lm_head.{name}" in checkpoint for name in ("q_weight", "qweight", "weight"))
         self.head = None
-        if has_own_head or not config.tie_word_embeddings:
+        if stored_kind(checkpoint, "lm_head") is not None or not config.tie_word_embeddings:
             self.head = plan.head("lm_head", hidden, vocab)
         plan.refuse_leftovers()
 

@@ -14,6 +14,7 @@ import numpy as np
 from cupyq._arrays import float16, float32, namespace
 from cupyq.errors import FormatError, UnsupportedError
 from cupyq.formats.safetensors import Checkpoint
+from cupyq.formats.stored import stored_kind, stored_tensors
 from cupyq.layers import HeadNorm, LayerNorm, Linear, RMSNorm
 from cupyq.models import upload
 from cupyq.models.config import ModelConfig
@@ -21,7 +22,6 @@ from cupyq.models.names import RenamedCheckpoint
 from cupyq.models.upload import Wanted
 from cupyq.ops.qmatrix import QMatrix
 
-_EXL2_TENSORS = ("q_weight", "q_scale", "q_scale_max", "q_groups", "q_invperm")
 _ON_HOST = ("q_scale_max", "q_groups", "q_invperm", "g_idx")
 
 
@@ -216,12 +216,13 @@ class Plan:
 
         split: rows of an array [sum of widths, ...], in the order of the fused tensor, to an array for each layer.
         """
-        fused = fused if fused is not None and not any(f"{key}.q_weight" in self.checkpoint for key in keys) else None
         linears = {key: (k, n) for key, n in zip(keys, widths, strict=True)}
-        if fused is not None and f"{fused}.weight" in self.checkpoint:
-            return self._plain_apart(fused, linears, has_bias, split)
-        if fused is not None and f"{fused}.qweight" in self.checkpoint:
-            return self._gptq_apart(fused, linears, has_bias)
+        if fused is not None and not any(stored_kind(self.checkpoint, key) == "exl2" for key in keys):
+            kind = stored_kind(self.checkpoint, fused)
+            if kind == "plain":
+                return self._plain_apart(fused, linears, has_bias, split)
+            if kind == "gptq":
+                return self._gptq_apart(fused, linears, has_bias)
         return [self.linear(key, k, n, has_bias) for key, n in zip(keys, widths, strict=True)]
 
     def _plain_apart(
@@ -252,7 +253,7 @@ class Plan:
                 f"{self._place(f'{stored}.qweight')}: several matrices in one, of widths {list(widths)}; cupyq takes GPTQ "
                 "tensors apart where they lie side by side and are multiples of 32 wide: quantize the projections one by one"
             )
-        names = ("qweight", "qzeros", "scales", *(["g_idx"] if f"{stored}.g_idx" in self.checkpoint else []))
+        names = stored_tensors(self.checkpoint, stored)
         tensors = self._quantized(stored, names) | self._bias(stored, sum(widths), has_bias)
         for name in names:
             if len(self.checkpoint.info(f"{stored}.{name}").shape) != (1 if name == "g_idx" else 2):
@@ -297,29 +298,27 @@ class Plan:
 
     def linear(self, key: str, k: int, n: int, has_bias: bool = False) -> Part | Piece:
         """EXL2, GPTQ or unquantized, whichever tensors there are."""
-        is_quantized = any(f"{key}.{first}" in self.checkpoint for first in ("q_weight", "qweight"))
-        if self.config.architecture.is_transposed and not is_quantized:
+        if self.config.architecture.is_transposed and not self._is_quantized(key):
             return self._plain_apart(key, {key: (k, n)}, has_bias, lambda array: [array])[0]
         return self._whole_linear(key, k, n, has_bias)
 
     def _whole_linear(self, key: str, k: int, n: int, has_bias: bool = False, is_padded: bool = False) -> Part:
         parameters = k * n + n * has_bias
-        if f"{key}.q_weight" in self.checkpoint:
-            names: tuple[str, ...] = _EXL2_TENSORS
-        elif f"{key}.qweight" in self.checkpoint:
-            names = ("qweight", "qzeros", "scales")
-            names += ("g_idx",) * (f"{key}.g_idx" in self.checkpoint)
-        else:
+        if not self._is_quantized(key):
             tensors = self._plain_weight(key, k, n) | self._bias(key, n, has_bias)
             dtype = self.checkpoint.info(f"{key}.weight").dtype
             return self._add_linear(key, tensors, k, n, parameters, partial(_plain_linear, dtype, key))
 
+        names = stored_tensors(self.checkpoint, key)
         tensors = self._quantized(key, names) | self._bias(key, n, has_bias)
 
         def make(tensors: dict[str, Any]) -> Linear:
             return self._quantized_linear(key, key, names[0], tensors, k, n, is_padded)
 
         return self._add_linear(key, tensors, k, n, parameters, make)
+
+    def _is_quantized(self, key: str) -> bool:
+        return stored_kind(self.checkpoint, key) in ("exl2", "gptq")
 
     def _quantized(self, key: str, names: Sequence[str]) -> dict[str, Wanted]:
         for name in names:
@@ -358,7 +357,7 @@ class Plan:
         name = f"{key}.bias"
         if is_expected:
             self._require(name, (n,))
-            if any(f"{key}.{first}" in self.checkpoint for first in ("q_weight", "qweight")):
+            if self._is_quantized(key):
                 return {"bias": Wanted(name, float16, on_host=True)}  # what QMatrix takes
             return {"bias": Wanted(name, self.weight_dtype)}
         if name in self.checkpoint:

@@ -35,9 +35,15 @@ GAVE_UP_STOPPED, GAVE_UP_WAITING = 1 << 30, 1 << 29
 _FIRST_PART = 10240  # behind the header: failed, epochs[3][128], flags[2][128][8]
 _LETTER_BYTES = _PIECE_BYTES = 16
 _ONE_SHOT_BLOCKS, _ONE_SHOT_THREADS = 128, 256
-_NORM_ROWS, _NORM_SHARERS, _NORM_THREADS, _NORM_UNITS = 16, 8, 512, 1024
+_NORM_SHARERS, _NORM_THREADS, _NORM_UNITS = 8, 512, 1024
 _TWO_SHOT_BLOCKS, _TWO_SHOT_THREADS = 64, 512
-_TWO_SHOT_ROUND_BYTES = 4 << 20
+
+QUICK_NORM_ROWS = 2
+"""Rows that all_reduce_norm sums and norms sooner than all_reduce_one_shot and rms_norm do, by docs/measured.md. A mailbox has
+letters for no more."""
+
+TWO_SHOT_ROUND_BYTES = 4 << 20
+"""The most that all_reduce_two_shot sums before it goes round again."""
 
 
 @dataclass(frozen=True)
@@ -57,9 +63,14 @@ class Mailbox:
         return max(1, turns) * _ONE_SHOT_THREADS
 
     @property
+    def one_shot_bytes(self):
+        """The largest message of the one-shot kernel."""
+        return _ONE_SHOT_BLOCKS * self.one_shot_units * 8
+
+    @property
     def piece_units(self):
         """Units of 16 bytes in the largest piece."""
-        return _TWO_SHOT_ROUND_BYTES // (_PIECE_BYTES * _TWO_SHOT_BLOCKS * self.ranks)
+        return TWO_SHOT_ROUND_BYTES // (_PIECE_BYTES * _TWO_SHOT_BLOCKS * self.ranks)
 
     @property
     def norm_at(self):
@@ -67,7 +78,7 @@ class Mailbox:
 
     @property
     def pieces_at(self):
-        return self.norm_at + 2 * _NORM_ROWS * _NORM_SHARERS * self.ranks * _NORM_UNITS * _LETTER_BYTES
+        return self.norm_at + 2 * QUICK_NORM_ROWS * _NORM_SHARERS * self.ranks * _NORM_UNITS * _LETTER_BYTES
 
     @property
     def size(self):
@@ -79,7 +90,7 @@ class Mailbox:
         """{kernel: its PEER_TABLE} for one rank. mailboxes: addresses as its GPU sees them; host: of its two words."""
         parts = {
             "one_shot": (_FIRST_PART, 0, self.one_shot_units, _ONE_SHOT_BLOCKS),
-            "norm": (self.norm_at, 0, _NORM_UNITS, _NORM_ROWS * _NORM_SHARERS),
+            "norm": (self.norm_at, 0, _NORM_UNITS, QUICK_NORM_ROWS * _NORM_SHARERS),
             "two_shot": (0, self.pieces_at, self.piece_units, _TWO_SHOT_BLOCKS),
         }
         addresses = (*mailboxes, *[0] * (MOST_RANKS - self.ranks))
@@ -87,10 +98,6 @@ class Mailbox:
             name: np.array((addresses, host, int(limit_s * 1e9), letters, pieces, rank, units, blocks, 0), PEER_TABLE)[()]
             for name, (letters, pieces, units, blocks) in parts.items()
         }
-
-    def one_shot_bytes(self):
-        """The largest message of the one-shot kernel."""
-        return _ONE_SHOT_BLOCKS * self.one_shot_units * 8
 
 
 ONE_SHOT_BYTES = {2: 512 << 10, 3: 256 << 10, 4: 256 << 10, 5: 128 << 10, 6: 128 << 10, 7: 64 << 10, 8: 64 << 10}
@@ -110,50 +117,28 @@ def choose_way(size_bytes, ranks):
     return "one_shot" if size_bytes <= ONE_SHOT_BYTES[ranks] else "two_shot"
 
 
-@dataclass(frozen=True)
-class OneShotPlan:
+def one_shot_blocks(n, itemsize, ranks):
     """Grid of all_reduce_one_shot for n values."""
-
-    blocks: int
-    turns: int  # how many units each thread takes at most
-
-    @classmethod
-    def of(cls, n, itemsize, ranks):
-        units = -(-n * itemsize // 8)
-        mailbox = Mailbox(ranks)
-        if n < 1 or units > _ONE_SHOT_BLOCKS * mailbox.one_shot_units:
-            raise ValueError(f"array must have 1 to {mailbox.one_shot_bytes()} bytes for one shot, got {n * itemsize}")
-        blocks = min(_ONE_SHOT_BLOCKS, -(-units // _ONE_SHOT_THREADS))
-        return cls(blocks, -(-units // (blocks * _ONE_SHOT_THREADS)))
+    most = Mailbox(ranks).one_shot_bytes
+    if not 1 <= n * itemsize <= most:
+        raise ValueError(f"array must have 1 to {most} bytes for one shot, got {n * itemsize}")
+    return min(_ONE_SHOT_BLOCKS, -(-n * itemsize // (8 * _ONE_SHOT_THREADS)))
 
 
-@dataclass(frozen=True)
-class TwoShotPlan:
-    """Grid and pieces of all_reduce_two_shot for n values."""
-
-    blocks: int
-    piece: int  # units of 16 bytes that one block sends one rank in a round
-    rounds: int
-
-    @classmethod
-    def of(cls, n, itemsize, ranks):
-        if n < 1:
-            raise ValueError(f"array must have values to be summed in two shots, got {n}")
-        units = -(-n * itemsize // _PIECE_BYTES)
-        piece = -(-units // (_TWO_SHOT_BLOCKS * ranks))
-        piece = min(max(piece, 256), Mailbox(ranks).piece_units)
-        blocks = min(_TWO_SHOT_BLOCKS, -(-units // (ranks * piece)))
-        return cls(blocks, piece, -(-units // (blocks * ranks * piece)))
-
-
-QUICK_NORM_ROWS = 2
-"""Rows that all_reduce_norm sums and norms sooner than all_reduce_one_shot and rms_norm do, by docs/measured.md."""
+def two_shot_grid(n, itemsize, ranks):
+    """(grid of all_reduce_two_shot for n values, units of 16 bytes that a block sends one rank in a round)"""
+    if n < 1:
+        raise ValueError(f"array must have values to be summed in two shots, got {n}")
+    units = -(-n * itemsize // _PIECE_BYTES)
+    piece = -(-units // (_TWO_SHOT_BLOCKS * ranks))
+    piece = min(max(piece, 256), Mailbox(ranks).piece_units)
+    return min(_TWO_SHOT_BLOCKS, -(-units // (ranks * piece))), piece
 
 
 def norm_fits(rows, dim, dtype):
     """Whether all_reduce_norm takes so many rows of so many columns and makes them `dtype`: by what all ranks know."""
     step, most = 2 * _NORM_SHARERS, 2 * _NORM_SHARERS * _NORM_UNITS
-    return np.dtype(dtype) in (float16, bfloat16) and 1 <= rows <= _NORM_ROWS and 0 < dim <= most and dim % step == 0
+    return np.dtype(dtype) in (float16, bfloat16) and 1 <= rows <= QUICK_NORM_ROWS and 0 < dim <= most and dim % step == 0
 
 
 def all_reduce_reference(parts):
@@ -182,11 +167,11 @@ def launch_all_reduce(x, y, table, ranks, way, *, is_empty=False):
     kernel = instance(f"all_reduce_{way}", x.dtype, ranks, aligned)
     n = np.int64(0 if is_empty else x.size)
     if way == "one_shot":
-        plan = OneShotPlan.of(x.size, x.itemsize, ranks)
-        launch(kernel, (1 if is_empty else plan.blocks,), (_ONE_SHOT_THREADS,), (x, y, table, n))
+        blocks = one_shot_blocks(x.size, x.itemsize, ranks)
+        launch(kernel, (1 if is_empty else blocks,), (_ONE_SHOT_THREADS,), (x, y, table, n))
     else:
-        plan = TwoShotPlan.of(x.size, x.itemsize, ranks)
-        launch(kernel, (1 if is_empty else plan.blocks,), (_TWO_SHOT_THREADS,), (x, y, table, n, np.int32(plan.piece)))
+        blocks, piece = two_shot_grid(x.size, x.itemsize, ranks)
+        launch(kernel, (1 if is_empty else blocks,), (_TWO_SHOT_THREADS,), (x, y, table, n, np.int32(piece)))
 
 
 def launch_all_reduce_norm(x, weight, y, table, ranks, eps, *, order=None, is_empty=False):

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from cupyq._arrays import FLOATS, accepts_dlpack, byte_bounds, check, float16, float32, int32, namespace
+from cupyq._arrays import FLOATS, accepts_dlpack, byte_bounds, check, float16, float32, int32, namespace, to_host
 from cupyq._kernels import instance, launch
 from cupyq.formats import kv_cache
 from cupyq.ops._common import is_checking, refuse_overlap, vector_width
@@ -84,7 +84,7 @@ def refuse_cache_overlaps(caches, **read):
 
 def check_capacity(positions, seq, cache_shape, block_table=None):
     """Raise ValueError unless every token has a place in the cache. Reads positions and block_table back from a GPU."""
-    positions, table = _host(positions), None if block_table is None else _host(block_table)
+    positions, table = to_host(positions), None if block_table is None else to_host(block_table)
     pages, page_size = cache_shape[:2]
     capacity = page_size if table is None else table.shape[1] * page_size
     for row, position in enumerate(positions.tolist()):
@@ -99,10 +99,6 @@ def check_capacity(positions, seq, cache_shape, block_table=None):
                 raise ValueError(
                     f"block_table[{row}, {logical}] must be 0 to {pages - 1}, a page of the cache, got {table[row, logical]}"
                 )
-
-
-def _host(array):
-    return array if isinstance(array, np.ndarray) else array.get()
 
 
 # --- reference --------------------------------------------------------------------------------------------------------

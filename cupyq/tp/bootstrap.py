@@ -24,14 +24,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from cupyq import _device, _version
 from cupyq._arrays import first_line, require_cupy
 from cupyq._json_file import MAX_BYTES, read_bytes
 from cupyq.errors import BackendError, FormatError
 from cupyq.tp import nccl
-from cupyq.tp.comm import Comm, one_line, rank_names
+from cupyq.tp.comm import Comm, gather_bytes, one_line, rank_names
 from cupyq.tp.local import LocalComm, SoloComm
 from cupyq.tp.sockets import SocketComm
 from cupyq.tp.watch import Watch
@@ -97,7 +95,7 @@ def connect(ranks=None, timeout=60.0, *, backend="auto", same=None):
                 f"from it, or start `mpirun -n {ranks}`, `torchrun --nproc-per-node {ranks}` or `srun -n {ranks}`"
             )
         raise ValueError(f"ranks is {ranks}, but {place.launcher} started {place.ranks} processes: give both the same number")
-    backend = choose_backend(backend)
+    backend = _device.choose_backend(backend)
     if place.ranks == 1:
         return _alone(backend)
     comm = _join(place, backend, timeout)
@@ -115,7 +113,7 @@ def group(ranks, *, backend="auto", devices=None):
 
     devices: the GPUs, one for each rank; None takes the first ones.
     """
-    backend = choose_backend(backend)
+    backend = _device.choose_backend(backend)
     if ranks < 1:
         raise ValueError(f"ranks must be at least 1, got {ranks}")
     if backend == "numpy":
@@ -128,15 +126,6 @@ def group(ranks, *, backend="auto", devices=None):
     return nccl.NcclComm.group(devices) if ranks > 1 else (SoloComm(require_cupy(), devices[0]),)
 
 
-def choose_backend(backend):
-    """ "numpy" or "cupy": `backend`, or for "auto" what this machine has."""
-    if backend not in ("auto", "numpy", "cupy"):
-        raise ValueError(f'backend must be "auto", "numpy" or "cupy", got {backend!r}')
-    if backend == "auto":
-        return "cupy" if _device.count() else "numpy"
-    return backend
-
-
 def check_same(comm, texts):
     """Raise BackendError on every rank, naming those that differ, unless `texts` ({name: text}) is equal on all.
 
@@ -145,14 +134,9 @@ def check_same(comm, texts):
     names = sorted(texts)
     if not names:
         return
-    mine = b"".join(_fingerprint(str(texts[name])) for name in names)
-    with comm._on_device():
-        words = comm.xp.asarray(np.frombuffer(mine, np.int32))
-    found = comm.all_gather(words)
-    comm.wait()
-    found = found if isinstance(found, np.ndarray) else found.get()
+    found = gather_bytes(comm, b"".join(_fingerprint(str(texts[name])) for name in names))
     for index, name in enumerate(names):
-        prints = [bytes(row.tobytes())[index * _PRINT_BYTES : (index + 1) * _PRINT_BYTES] for row in found]
+        prints = [row[index * _PRINT_BYTES : (index + 1) * _PRINT_BYTES] for row in found]
         ((usual, votes),) = Counter(prints).most_common(1)  # of equally many the first: rank 0 counts as right
         if votes == comm.ranks:
             continue

@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 
-from cupyq._arrays import FLOATS, bfloat16, byte_bounds, check, float16, float32, int32, output, refuse_partial_overlap
+from cupyq._arrays import FLOATS, bfloat16, check, float16, float32, int32, output, refuse_partial_overlap, to_host
 from cupyq._kernels import is_tracing
 from cupyq.errors import BackendError
 from cupyq.ops._common import refuse_overlap
@@ -103,7 +103,7 @@ class Comm:
             rows = math.prod(before)
             ends = np.cumsum([rows * size * math.prod(after) for size in sizes]).tolist()
         if array.size:
-            _refuse_overlap(out, array)
+            refuse_overlap(out, "out", array=array)
         self.check()
         flat = out.reshape(-1)
         if rows <= 1:
@@ -162,6 +162,10 @@ class Comm:
         if self._is_closed:
             raise BackendError(f"rank {self.rank} has closed this communicator: connect again")
 
+    def on_device(self):
+        """A context in which this rank's GPU is the current one: a thread may speak for several."""
+        return contextlib.nullcontext()
+
     def abort(self, reason):
         """End the work of all ranks: each raises BackendError with `reason` in what it does now or next."""
         if self.failure is None and not self._is_closed:
@@ -198,7 +202,7 @@ class Comm:
     def _follow(self, work):
         """Do it on this rank's device and present stream, once what was said before is there."""
         if self._later is None:
-            with self._on_device():
+            with self.on_device():
                 work()
         else:
             self._later.append(work)
@@ -228,12 +232,8 @@ class Comm:
         check(array, name, dtype=dtypes, writes=writes)
 
     def _output(self, out, shape, dtype, name="out"):
-        with self._on_device():
+        with self.on_device():
             return output(self.xp, out, shape, dtype, name)
-
-    def _on_device(self):
-        """Makes this rank's GPU the current one: a thread may speak for several."""
-        return contextlib.nullcontext()
 
     def _check_sizes(self, array, axis, sizes):
         if not -array.ndim <= axis < array.ndim:
@@ -278,6 +278,14 @@ def together(comms):
             comm._later = None
 
 
+def gather_bytes(comm, mine):
+    """[the bytes of each rank], as many on each, a multiple of 4; waits for them."""
+    with comm.on_device():
+        found = comm.all_gather(comm.xp.asarray(np.frombuffer(mine, np.int32)))
+    comm.wait()
+    return [row.tobytes() for row in to_host(found)]
+
+
 def sum_in_rank_order(parts):
     """The sum of the ranks' arrays as `Comm.all_reduce` defines it on the CPU; a new array."""
     dtype = parts[0].dtype
@@ -298,10 +306,3 @@ def rank_names(ranks):
     """`[1]` -> "rank 1", `[1, 2]` -> "ranks 1, 2"."""
     ranks = sorted(ranks)
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
-
-
-def _refuse_overlap(out, array):
-    low, high = byte_bounds(out)
-    start, end = byte_bounds(array)
-    if start < high and low < end:
-        raise ValueError("out overlaps array, which is sent while out is written: pass separate memory")

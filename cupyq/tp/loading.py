@@ -11,6 +11,7 @@ import numpy as np
 
 from cupyq.errors import BackendError
 from cupyq.formats.safetensors import Checkpoint
+from cupyq.formats.stored import stored_tensors
 from cupyq.layers import Linear
 from cupyq.models import ModelConfig, upload
 from cupyq.models.loader import Blueprint, choose_dtype, read_config
@@ -51,7 +52,7 @@ def load_model(
         check_same(comm, {"model": model_digest(path)})  # first: another model has other sizes as well
         parts = (split.heads, split.inner, split.experts, split.vocab)
         check_same(comm, {"dtype": activations, "max_seq_len": config.max_seq_len, "weights": parts})
-        with comm._on_device():
+        with comm.on_device():
             with Checkpoint(path) as checkpoint:
                 plan = RankPlan(config, checkpoint, comm.xp, activations, comm, split)
                 blueprint = Blueprint(plan)
@@ -114,10 +115,10 @@ class RankPlan(Plan):
 
     def _stored_width(self, key: str) -> int:
         """Outputs of the head, those included that a quantizer has padded it with."""
-        for short, axis in (("q_weight", 1), ("qweight", 1), ("weight", 0)):
-            if f"{key}.{short}" in self.checkpoint:
-                return int(self.checkpoint.info(f"{key}.{short}").shape[axis])
-        return self.config.vocab_size
+        names = stored_tensors(self.checkpoint, key)
+        if not names:
+            return self.config.vocab_size
+        return int(self.checkpoint.info(f"{key}.{names[0]}").shape[1 if self._is_quantized(key) else 0])
 
     def shares(self) -> dict[str, Share]:
         """What this rank has of every linear layer."""
@@ -142,11 +143,11 @@ class RankPlan(Plan):
     def _features_of(self, down: str) -> range | np.ndarray:
         """The inner features of an MLP: any may be a rank's, and those of a range of stored rows pad nothing."""
         mine = self._inner(down)
-        if f"{down}.q_weight" not in self.checkpoint and f"{down}.qweight" not in self.checkpoint:
+        if not self._is_quantized(down):
             return mine
         if down not in self._features:
             tensors = linear_tensors(self.checkpoint, down)
-            chosen = stored_features(tensors, mine.start, mine.stop, group_size=self._group_size, name=down)
+            chosen = stored_features(tensors, mine, group_size=self._group_size, name=down)
             is_range = bool((np.diff(chosen) == 1).all())
             self._features[down] = range(int(chosen[0]), int(chosen[-1]) + 1) if is_range else chosen
         return self._features[down]
@@ -186,9 +187,9 @@ class RankPlan(Plan):
                 yield {}
                 continue
             if share.columns is not None:
-                own = take_columns(own, np.asarray(share.columns), group_size=self._group_size, name=key)
+                own = take_columns(own, share.columns, group_size=self._group_size, name=key)
             if share.rows is not None:
-                own = take_rows(own, np.asarray(share.rows), group_size=self._group_size, name=key)
+                own = take_rows(own, share.rows, group_size=self._group_size, name=key)
             yield self._on_device(own, part.tensors)
 
     def _tensors_of(self, part: Part) -> dict[str, np.ndarray]:

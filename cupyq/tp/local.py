@@ -35,8 +35,8 @@ class SoloComm(Comm):
         if self.xp is not np:
             self.xp.cuda.get_current_stream().synchronize()
 
-    def _on_device(self):
-        return super()._on_device() if self.device is None else self.xp.cuda.Device(self.device)
+    def on_device(self):
+        return super().on_device() if self.device is None else self.xp.cuda.Device(self.device)
 
 
 class _Room:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from cupyq._arrays import to_host
 from cupyq._kernels import is_tracing
 from cupyq.layers import Linear
 from cupyq.layers.lora import LowRank
@@ -93,7 +94,7 @@ class RankModel(Model):
 
     def _on_host(self, array: Any) -> np.ndarray:
         self.comm.wait()
-        return array if isinstance(array, np.ndarray) else array.get()
+        return to_host(array)
 
     def check(self) -> None:
         self.comm.check()

@@ -56,6 +56,8 @@ class NcclComm(Comm):
     Work is queued on the CuPy current stream of the rank's device and ordered by it, so it can be captured in a CUDA graph;
     nothing waits but `barrier` and `wait`. In one process and thread collectives go within `together(comms)`. One stream of
     a device at a time: before another one has its turn, with a graph too, the work of the first has ended (`wait`).
+
+    peer_memory: the PeerMemory that the GPUs write for each other; None where NCCL does all the work.
     """
 
     def __init__(self, communicator, rank, ranks, device, *, watch=None, stall_s=STALL_S):
@@ -68,7 +70,7 @@ class NcclComm(Comm):
         self._calls = 0
         self._abort_once = threading.Lock()
         self._aborting = None  # the thread that aborts, once something failed
-        self._peer = None  # the memory that the GPUs write for each other, where they do
+        self.peer_memory = None
         self._launches = []  # within together(): (stream, launch, is it new to this GPU) of kernels that exchange by it
         self._graphs = weakref.WeakSet()  # those of adopt() that somebody still has
         self._lockstep = None  # with the other ranks' threads, where this process has them
@@ -91,7 +93,7 @@ class NcclComm(Comm):
             cls(comm, rank, len(devices), device) for rank, (comm, device) in enumerate(zip(found, devices, strict=True))
         )
         for comm, memory in zip(comms, peer.group(comms) or (), strict=False):
-            comm._peer = memory
+            comm.peer_memory = memory
         return comms
 
     @classmethod
@@ -123,7 +125,7 @@ class NcclComm(Comm):
             raise BackendError(f"NCCL could not join rank {rank} of {ranks} ({first_line(result['error'])}): {_HOW_TO_SEE}")
         comm = cls(result["communicator"], rank, ranks, device, watch=watch, stall_s=stall_s)
         try:
-            comm._peer = peer.join(comm)
+            comm.peer_memory = peer.join(comm)
         except BaseException as error:
             comm.abort(error)
             comm.close()
@@ -133,12 +135,12 @@ class NcclComm(Comm):
     def check(self):
         if self.failure is None and self._watch is not None:
             self.failure = self._watch.failure
-        if self.failure is None and self._peer is not None and (cause := self._peer.failure()) is not None:
+        if self.failure is None and self.peer_memory is not None and (cause := self.peer_memory.failure()) is not None:
             self._fail(cause)
         super().check()
 
     def wait(self):
-        with self._on_device():
+        with self.on_device():
             event = self.xp.cuda.Event(disable_timing=True)
             event.record(self.xp.cuda.get_current_stream())
         self._wait_for(event, "wait")
@@ -164,18 +166,20 @@ class NcclComm(Comm):
         self._in_turn("a graph", graph.graph.launch)
 
     def _all_reduce(self, array, out):
-        if self._peer is not None and self._peer.way_of(array.nbytes):
-            self._exchange("sum", functools.partial(self._peer.all_reduce, array, out), array, out)
+        memory = self.peer_memory
+        if memory is not None and memory.way_of(array.nbytes):
+            self._exchange("sum", functools.partial(memory.all_reduce, array, out), array, out)
             return
         source, target = array.data.ptr, out.data.ptr
         kind = self._types[array.dtype]
         self._queue(("allReduce", source, target, array.size, kind, self._nccl.NCCL_SUM))
 
     def _all_reduce_norm(self, array, weight, eps, order, out):
-        if self._peer is None or not self._peer.fits_norm(array.size // max(1, weight.size), weight.size, out.dtype):
+        memory = self.peer_memory
+        if memory is None or not memory.fits_norm(array.size // max(1, weight.size), weight.size, out.dtype):
             super()._all_reduce_norm(array, weight, eps, order, out)
             return
-        work = functools.partial(self._peer.all_reduce_norm, array, weight, out, eps, order=order)
+        work = functools.partial(memory.all_reduce_norm, array, weight, out, eps, order=order)
         if is_tracing():  # it is noted
             work(is_empty=True)
             return
@@ -186,31 +190,31 @@ class NcclComm(Comm):
         self.check()
         self._calls += 1
         kind = name, *((array.dtype, array.shape, array.data.ptr % 32) for array in arrays)
-        is_new = self._peer.needs_loading(kind)
+        is_new = self.peer_memory.needs_loading(kind)
         if self._later is not None:
-            with self._on_device():
+            with self.on_device():
                 self._launches.append((self.xp.cuda.get_current_stream(), launch, is_new))
             return
         if is_new and self._lockstep is not None:
-            with self._on_device():
+            with self.on_device():
                 launch(is_empty=True)
         self._in_turn(name, functools.partial(launch, is_empty=False))
 
     def _in_turn(self, name, work):
         """Do what makes the GPU wait for other ranks, on this device's current stream."""
         if self._lockstep is None or self._later is not None:
-            with self._on_device():
+            with self.on_device():
                 work()
             return
         self._lockstep.come(self, name, self._placed(work))
 
     def _placed(self, work):
         """`work` for another time or thread: on the stream that is this device's current one now."""
-        with self._on_device():
+        with self.on_device():
             stream = self.xp.cuda.get_current_stream()
 
         def placed():
-            with self._on_device(), stream:
+            with self.on_device(), stream:
                 work()
 
         return placed
@@ -301,7 +305,7 @@ class NcclComm(Comm):
         self._check_device(out, name)
         return out
 
-    def _on_device(self):
+    def on_device(self):
         return self.xp.cuda.Device(self.device)
 
     def _check_device(self, array, name):
@@ -334,8 +338,8 @@ class NcclComm(Comm):
             # lives on in whoever has the error to handle, who must not wait for it in turn.
             self._aborting = threading.Thread(target=self._abort, name=f"cupyq NCCL abort {self.rank}", daemon=True)
             self._aborting.start()
-        if self._peer is not None:
-            self._peer.stop()
+        if self.peer_memory is not None:
+            self.peer_memory.stop()
         if self._watch is not None:
             self._watch.fail(self.failure)
 
@@ -351,14 +355,14 @@ class NcclComm(Comm):
     def _close(self):
         adopted = list(self._graphs)
         if adopted and self.failure is None:
-            with self._on_device():
+            with self.on_device():
                 self.xp.cuda.runtime.deviceSynchronize()  # while the watchdog still frees it where another rank dies
         for graph in adopted:
             graph.graph = None
         if self._watch is not None:
             self._watch.close()
-        if self._peer is not None:
-            memory, self._peer = self._peer, None
+        if self.peer_memory is not None:
+            memory, self.peer_memory = self.peer_memory, None
             memory.close()
         ending = self._aborting
         if ending is None:  # waits, too, for graphs that were not adopted
@@ -388,7 +392,7 @@ def _launch_in_turn(comms):
         for turn in zip(*launches, strict=True):
             for comm, (stream, launch, is_new) in zip(comms, turn, strict=True):
                 if is_new or not is_empty:
-                    with comm._on_device(), stream:
+                    with comm.on_device(), stream:
                         launch(is_empty=is_empty)
 
 

@@ -10,6 +10,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import struct
 import sys
 from pathlib import Path
 
@@ -21,22 +22,22 @@ from cupyq.errors import BackendError
 from cupyq.ops.all_reduce import (
     GAVE_UP_STOPPED,
     MOST_RANKS,
-    QUICK_NORM_ROWS,
+    TWO_SHOT_ROUND_BYTES,
     Mailbox,
     choose_way,
     launch_all_reduce,
     launch_all_reduce_norm,
     norm_fits,
 )
-from cupyq.tp.comm import one_line, rank_names
+from cupyq.tp.comm import gather_bytes, one_line, rank_names
 
 WAIT_S = 30.0
 """How long a kernel waits for the other ranks. Those that died are noticed sooner, by the watchdog; a rank that compiles a
 kernel first may be that late."""
 
 _TEST_WAIT_S = 10.0
-_ROUND_VALUES = (4 << 20) // 2  # float16 values beyond which the two-shot kernel goes round again
-_HANDLE_BYTES, _HOST_BYTES, _ARCH_BYTES, _TEXT_BYTES = 64, 32, 4, 160
+_TEXT_BYTES = 160
+_CARD = struct.Struct(f"<64s32si{_TEXT_BYTES}s")  # what a process tells of itself: IPC handle, host, architecture, problem
 _CLUSTERS_FROM = 90  # the oldest architecture with clusters of thread blocks
 _HOST_ALLOC = 0x01 | 0x02  # cudaHostAllocPortable, cudaHostAllocMapped: every GPU may read and write it
 _ALREADY_ENABLED = 704  # cudaErrorPeerAccessAlreadyEnabled
@@ -61,7 +62,7 @@ class PeerMemory:
         self._loaded = set()  # kernels that this GPU has
         self._runtime = require_cupy().cuda.runtime
         try:
-            with self._on_device():
+            with self.on_device():
                 self.address = self._runtime.malloc(self.mailbox.size)
                 self._runtime.memset(self.address, 0, self.mailbox.size)
                 self._host = self._runtime.hostAlloc(4096, _HOST_ALLOC)
@@ -73,12 +74,12 @@ class PeerMemory:
 
     def handle(self):
         """What another process opens the mailbox with."""
-        with self._on_device():
+        with self.on_device():
             return bytes(self._runtime.ipcGetMemHandle(self.address))
 
     def open(self, handles):
         """The addresses of all ranks' mailboxes, of which other processes gave these handles."""
-        with self._on_device():
+        with self.on_device():
             for rank, handle in enumerate(handles):
                 if rank != self.rank:
                     self._opened.append(self._runtime.ipcOpenMemHandle(handle))
@@ -86,21 +87,22 @@ class PeerMemory:
         return [self.address if rank == self.rank else next(others) for rank in range(self.ranks)]
 
     def connect(self, addresses, wait_s):
-        """Use the mailboxes at these addresses. wait_s: how long a kernel waits for the other ranks."""
+        """Use the mailboxes at these addresses. wait_s: how long a kernel waits for the other ranks.
+
+        Compiles and loads the kernels of the test as well, so that no rank is late for it.
+        """
         self._tables = self.mailbox.tables(self.rank, addresses, self._host, wait_s)
+        with self.on_device():
+            array = require_cupy().asarray(np.zeros(16, float16))
+            for way in ("one_shot", "two_shot"):
+                self.all_reduce(array, array, way=way, is_empty=True)
+            self._runtime.deviceSynchronize()
 
     def wait_for(self, wait_s):
         """How long kernels wait for the other ranks from now on."""
         self._tables = {name: table.copy() for name, table in self._tables.items()}
         for table in self._tables.values():
             table["limit_ns"] = int(wait_s * 1e9)
-
-    def load(self):
-        """Compile and load the kernels that the test launches."""
-        array = require_cupy().asarray(np.zeros(16, float16))
-        for way in ("one_shot", "two_shot"):
-            self.all_reduce(array, array, way=way, is_empty=True)
-        self._runtime.deviceSynchronize()
 
     # --- work; on the current stream, within this rank's device ---
 
@@ -110,7 +112,7 @@ class PeerMemory:
 
     def fits_norm(self, rows, dim, dtype):
         """Whether `all_reduce_norm` had best do so many float32 rows, to be normed into `dtype`: the same on all ranks."""
-        return self.have_clusters and rows <= QUICK_NORM_ROWS and norm_fits(rows, dim, dtype)
+        return self.have_clusters and norm_fits(rows, dim, dtype)
 
     def all_reduce(self, array, out, *, way=None, is_empty=False):
         """out = the sum of array over the ranks."""
@@ -147,23 +149,24 @@ class PeerMemory:
 
     def close(self):
         """Give the memory back, once this GPU's work is done. Closing twice is allowed."""
-        with contextlib.suppress(*_CUDA_ERRORS), self._on_device():
+        with contextlib.suppress(*_CUDA_ERRORS), self.on_device():
             if self.address:
                 self._runtime.deviceSynchronize()
         opened, self._opened = self._opened, []
         for address in opened:
-            with contextlib.suppress(*_CUDA_ERRORS), self._on_device():
+            with contextlib.suppress(*_CUDA_ERRORS), self.on_device():
                 self._runtime.ipcCloseMemHandle(address)
         address, self.address = self.address, 0
         host, self._host = self._host, 0
         self._tables = {}
-        with contextlib.suppress(*_CUDA_ERRORS), self._on_device():
+        with contextlib.suppress(*_CUDA_ERRORS), self.on_device():
             if address:
                 self._runtime.free(address)
             if host:
                 self._runtime.freeHost(host)
 
-    def _on_device(self):
+    def on_device(self):
+        """A context in which this rank's GPU is the current one."""
         return require_cupy().cuda.Device(self.device)
 
 
@@ -201,7 +204,7 @@ def join(comm):
     """
     if comm.ranks < 2:
         return None
-    memory, problem, handle, arch = None, None, bytes(_HANDLE_BYTES), 0
+    memory, problem, handle, arch = None, None, b"", 0
     try:
         if not _is_wanted(comm.ranks):
             problem = (
@@ -212,17 +215,16 @@ def join(comm):
             handle, arch = memory.handle(), _arch_number(comm.device)
     except _CUDA_ERRORS + (AttributeError,) as error:
         problem = first_line(error)
-    cards = _exchange(comm, handle + _host_digest() + arch.to_bytes(_ARCH_BYTES, "little") + _text(problem))
-    problem = _first_problem([card[-_TEXT_BYTES:] for card in cards])
-    if problem is None and len({card[_HANDLE_BYTES : _HANDLE_BYTES + _HOST_BYTES] for card in cards}) > 1:
+    cards = gather_bytes(comm, _CARD.pack(handle, _host_digest(), arch, _text(problem)))
+    handles, hosts, archs, problems = zip(*map(_CARD.unpack, cards), strict=True)
+    problem = _first_problem(problems)
+    if problem is None and len(set(hosts)) > 1:
         problem = "the ranks are on several hosts"
     if problem is None:
-        problem = _agree(comm, lambda: _open(memory, cards))
+        problem = _agree(comm, lambda: memory.connect(memory.open(handles), _TEST_WAIT_S))
     if problem is None:
         problem = _agree(comm, lambda: _test([memory]))
     if problem is None:
-        arch_at = _HANDLE_BYTES + _HOST_BYTES
-        archs = [int.from_bytes(card[arch_at : arch_at + _ARCH_BYTES], "little") for card in cards]
         memory.have_clusters = min(archs) >= _CLUSTERS_FROM
         return memory
     if memory is not None:
@@ -263,12 +265,6 @@ def _enable_access(devices):
     return None
 
 
-def _open(memory, cards):
-    memory.connect(memory.open([card[:_HANDLE_BYTES] for card in cards]), _TEST_WAIT_S)
-    with memory._on_device():
-        memory.load()  # before the test: a rank that compiles is late
-
-
 def _test(memories):
     """Sum known values by both kernels, also in shapes that leave no block or piece full; what was wrong, or None.
 
@@ -277,27 +273,26 @@ def _test(memories):
     cupy = require_cupy()
     ranks = memories[0].ranks
     cases = [("one_shot", 1), ("one_shot", 5003), ("one_shot", 4), ("one_shot", 40_000), ("two_shot", 70_001)]
-    cases += [("two_shot", _ROUND_VALUES + 4099), ("one_shot", 129), ("two_shot", 7), ("one_shot", 5003)]
+    cases += [("two_shot", TWO_SHOT_ROUND_BYTES // 2 + 4099), ("one_shot", 129), ("two_shot", 7), ("one_shot", 5003)]
     arrays = {}
     for memory in memories:
-        with memory._on_device():
+        with memory.on_device():
             for index, (_, size) in enumerate(cases):
                 values = (np.arange(size) * (index + 1) % 199 + memory.rank).astype(float16)
                 arrays[memory.rank, index] = cupy.asarray(values), cupy.asarray(np.full(size, np.nan, float16))
-            memory.load()
     for index, (way, _) in enumerate(cases):
         for memory in memories:
-            with memory._on_device():
+            with memory.on_device():
                 memory.all_reduce(*arrays[memory.rank, index], way=way)
     for memory in memories:
-        with memory._on_device():
+        with memory.on_device():
             cupy.cuda.get_current_stream().synchronize()
         if memory.failure() is not None:
             return f"in a test, {memory.failure()}"
     for index, (way, size) in enumerate(cases):
         expected = (np.arange(size) * (index + 1) % 199 * ranks + ranks * (ranks - 1) // 2).astype(float16)
         for memory in memories:
-            with memory._on_device():
+            with memory.on_device():
                 found = arrays[memory.rank, index][1].get()
             if not np.array_equal(found, expected):
                 wrong = np.flatnonzero(found != expected)
@@ -314,21 +309,12 @@ def _agree(comm, action):
         problem = action()
     except _CUDA_ERRORS + (AttributeError, BackendError) as error:
         problem = first_line(error)
-    return _first_problem(_exchange(comm, _text(problem)))
+    return _first_problem(gather_bytes(comm, _text(problem)))
 
 
 def _first_problem(texts):
     found = next(((rank, text) for rank, text in enumerate(texts) if any(text)), None)
     return None if found is None else f"rank {found[0]}: {found[1].rstrip(bytes(1)).decode(errors='replace')}"
-
-
-def _exchange(comm, mine):
-    """[the bytes of each rank], of the same multiple of 4 on all."""
-    with comm._on_device():
-        found = comm.all_gather(comm.xp.asarray(np.frombuffer(mine, np.int32)))
-    comm.wait()
-    found = found if isinstance(found, np.ndarray) else found.get()
-    return [row.tobytes() for row in found]
 
 
 def _text(problem):

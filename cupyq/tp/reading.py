@@ -13,9 +13,10 @@ import numpy as np
 
 from cupyq.errors import FormatError
 from cupyq.formats.safetensors import Checkpoint
-from cupyq.tp.split import EXL2_TENSORS, GPTQ_TENSORS, split_columns, split_rows, take_columns, take_rows
+from cupyq.formats.stored import stored_tensors
+from cupyq.tp.split import take_columns, take_rows
 
-_TABLES = ("q_groups", "q_scale_max", "q_invperm", "q_perm", "g_idx")  # small, needed whole by every rank
+_TABLES = ("q_groups", "q_scale_max", "q_invperm", "g_idx")  # small, needed whole by every rank
 _THREADS = 4
 _THREADED_BYTES = 8 << 20  # below, one thread is as quick
 
@@ -76,14 +77,9 @@ def linear_tensors(checkpoint: Checkpoint, key: str) -> dict[str, Any]:
 
     Of a layer that is quantized and not, the quantized form, as `load_model` takes it. FormatError if there is none.
     """
-    names: tuple[str, ...]
-    if f"{key}.q_weight" in checkpoint:
-        names = EXL2_TENSORS
-    elif f"{key}.qweight" in checkpoint:
-        names = GPTQ_TENSORS
-    else:
-        names = ("weight",)
-        checkpoint.info(f"{key}.weight")  # or an error that names it
+    names = stored_tensors(checkpoint, key)
+    if not names:
+        checkpoint.info(f"{key}.weight")  # an error that names it
     tensors: dict[str, Any] = {}
     for short in (*names, "bias"):
         name = f"{key}.{short}"
@@ -97,25 +93,19 @@ def linear_tensors(checkpoint: Checkpoint, key: str) -> dict[str, Any]:
 def read_columns(
     checkpoint: Checkpoint, key: str, columns: range | np.ndarray, *, group_size: int | None = None
 ) -> dict[str, Any]:
-    """`split_columns`, or `take_columns`, of a layer of the checkpoint. Of a range, only its bytes are read.
+    """`take_columns` of a layer of the checkpoint. Of a range, only its bytes are read.
 
     Scattered columns have no bytes that could be read by themselves: all rows pass through memory, a few at a time.
     """
     with _named(checkpoint, key):
-        tensors = linear_tensors(checkpoint, key)
-        if isinstance(columns, range):
-            return split_columns(tensors, columns.start, columns.stop, group_size=group_size, name=key)
-        return take_columns(tensors, columns, group_size=group_size, name=key)
+        return take_columns(linear_tensors(checkpoint, key), columns, group_size=group_size, name=key)
 
 
 def read_rows(checkpoint: Checkpoint, key: str, rows: range | np.ndarray, *, group_size: int | None = None) -> dict[str, Any]:
-    """`split_rows`, or `take_rows`, of a layer of the checkpoint. Of a quantized layer, only blocks of 32 stored rows are read
-    that hold some of these, and only groups' scales that they are in."""
+    """`take_rows` of a layer of the checkpoint. Of a quantized layer, only blocks of 32 stored rows are read that hold some of
+    these, and only groups' scales that they are in."""
     with _named(checkpoint, key):
-        tensors = linear_tensors(checkpoint, key)
-        if isinstance(rows, range):
-            return split_rows(tensors, rows.start, rows.stop, group_size=group_size, name=key)
-        return take_rows(tensors, rows, group_size=group_size, name=key)
+        return take_rows(linear_tensors(checkpoint, key), rows, group_size=group_size, name=key)
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 import threading
 
 from cupyq import _device
-from cupyq.tp.bootstrap import choose_backend, connect, find_place, group
+from cupyq.tp.bootstrap import connect, find_place, group
 from cupyq.tp.comm import one_line
 from cupyq.tp.lockstep import Lockstep
 
@@ -25,7 +25,7 @@ def run(function, ranks, *, backend="auto", devices=None):
 
     def work(comm):
         try:
-            with comm._on_device(), comm:
+            with comm.on_device(), comm:
                 results[comm.rank] = function(comm)
                 if not comm._is_closed:
                     comm.barrier()  # none leaves while another may still need its memory
@@ -59,7 +59,7 @@ def as_launched(function, ranks=None, backend="auto"):
             comm.barrier()  # none leaves while another may still need it
             return result if comm.rank == 0 else None
     if ranks is None:
-        if choose_backend(backend) == "numpy":
+        if _device.choose_backend(backend) == "numpy":
             raise ValueError("--tp: neither a GPU nor a launcher says how many parts to make of the model: give --tp 2, say")
         ranks = _device.count()
     return run(function, ranks, backend=backend)[0]

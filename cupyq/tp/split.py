@@ -36,86 +36,52 @@ from cupyq.formats.bits import pack_cols, pack_rows, unpack_cols, unpack_rows
 from cupyq.formats.exl2 import Exl2Layout, validate_exl2
 from cupyq.formats.gptq import GptqLayout, validate_gptq
 
-EXL2_TENSORS = ("q_weight", "q_scale", "q_scale_max", "q_groups", "q_invperm", "q_perm")
-GPTQ_TENSORS = ("qweight", "qzeros", "scales", "g_idx")
-
 _WHOLE = ("q_scale_max", "q_groups", "q_invperm", "q_perm", "g_idx", "row_input")  # what parts by columns share
 _FLOATS = (np.float16, np.float32, ml_dtypes.bfloat16)
 _BLOCK = 32
 _ROWS_AT_ONCE = 1024  # bounds the unpacked codes of a step
 
 
-def split_columns(
-    tensors: Mapping[str, Any], begin: int, end: int, *, group_size: int | None = None, name: str = ""
-) -> dict[str, Any]:
-    """Tensors of the outputs begin to end - 1 of a layer: EXL2, GPTQ, or `weight` [n, k]; its bias alike.
-
-    EXL2: begin and end are multiples of 8. GPTQ: the columns fill whole words of qzeros (a multiple of 8 columns for 4 bits,
-    of 32 for 3). group_size: of the checkpoint's config, for GPTQ without g_idx. ValueError: a range that fills no whole words,
-    or outside the layer; FormatError names a tensor, prefixed by `name`.
-    """
-    layer = _Layer(tensors, group_size, name)
-    _check_range("columns", begin, end, layer.n)
-    return _columns_part(layer, range(begin, end))
-
-
 def take_columns(
     tensors: Mapping[str, Any], columns: Sequence[int] | np.ndarray, *, group_size: int | None = None, name: str = ""
 ) -> dict[str, Any]:
-    """As `split_columns`, for distinct outputs in any order that fill whole words. Column j of the part is columns[j]."""
-    layer = _Layer(tensors, group_size, name)
-    return _columns_part(layer, _as_range(_check_choice("columns", columns, layer.n)))
+    """Tensors of some outputs of a layer: EXL2, GPTQ, or `weight` [n, k]; its bias alike. Column j of the part is columns[j].
 
-
-def split_rows(
-    tensors: Mapping[str, Any], begin: int, end: int, *, group_size: int | None = None, name: str = ""
-) -> dict[str, Any]:
-    """Tensors of the inputs begin to end - 1 of a layer, in the model's order: EXL2, GPTQ, or `weight` [n, k].
-
-    Of a quantized layer, a multiple of 8 inputs. The bias goes with input 0, so that one part adds it. group_size: of the
-    checkpoint's config, for GPTQ without g_idx. The part holds the groups it has rows of, and row_input where it is padded.
-    ValueError: a range of another size, or outside the layer; FormatError names a tensor, prefixed by `name`.
+    columns: a range, or distinct numbers in any order. EXL2: a multiple of 8. GPTQ: they fill whole words of qzeros (a multiple
+    of 8 columns for 4 bits, of 32 for 3). group_size: of the checkpoint's config, for GPTQ without g_idx. ValueError: columns
+    that fill no whole words, or outside the layer; FormatError names a tensor, prefixed by `name`.
     """
     layer = _Layer(tensors, group_size, name)
-    _check_range("rows", begin, end, layer.k)
-    return _rows_part(layer, np.arange(begin, end))
+    return _columns_part(layer, _as_range(_check_choice("columns", columns, layer.n)))
 
 
 def take_rows(
     tensors: Mapping[str, Any], rows: Sequence[int] | np.ndarray, *, group_size: int | None = None, name: str = ""
 ) -> dict[str, Any]:
-    """As `split_rows`, for any distinct inputs in any order. Input j of the part is rows[j]."""
+    """Tensors of some inputs of a layer: EXL2, GPTQ, or `weight` [n, k]. Input j of the part is rows[j].
+
+    rows: a range, or distinct numbers in any order, by the model's order of inputs; of a quantized layer, a multiple of 8. The
+    bias goes with input 0, so that one part adds it. group_size: of the checkpoint's config, for GPTQ without g_idx. The part
+    holds the groups it has rows of, and row_input where it is padded. ValueError: rows of another number, or outside the layer;
+    FormatError names a tensor, prefixed by `name`.
+    """
     layer = _Layer(tensors, group_size, name)
     return _rows_part(layer, _check_choice("rows", rows, layer.k))
 
 
 def stored_features(
-    tensors: Mapping[str, Any], begin: int, end: int, *, group_size: int | None = None, name: str = ""
+    tensors: Mapping[str, Any], rows: Sequence[int] | np.ndarray, *, group_size: int | None = None, name: str = ""
 ) -> np.ndarray:
-    """Inputs of the stored rows begin to end - 1, int [end - begin], ascending: what `take_rows` cuts with least padding.
+    """Inputs of some stored rows, int64, ascending: for a range of these, what `take_rows` cuts with least padding.
 
     The stored order is that of EXL2's permutation, and for GPTQ the rows sorted by group; a plain weight's is the model's.
-    With begin and end multiples of 32 the parts of EXL2 have no padding, those of GPTQ no more than the layer itself has,
-    where its groups are multiples of 32.
+    Of ranges whose ends are multiples of 32, the parts of EXL2 have no padding, those of GPTQ no more than the layer itself
+    has, where its groups are multiples of 32.
     """
     layer = _Layer(tensors, group_size, name)
-    _check_range("rows", begin, end, layer.k)
+    chosen = _check_choice("rows", rows, layer.k)
     order = layer.gptq.perm if layer.gptq is not None else layer.order
-    if order is None:
-        return np.arange(begin, end)
-    return np.sort(order[order >= 0][begin:end]).astype(np.int64)
-
-
-def split_lora_columns(a: Any, b: Any, begin: int, end: int) -> tuple[Any, Any]:
-    """(a, b) of an adapter, a [k, rank] and b [rank, n], for the outputs begin to end - 1: a is whole."""
-    _check_range("columns", begin, end, b.shape[1])
-    return a, np.ascontiguousarray(b[:, begin:end])
-
-
-def split_lora_rows(a: Any, b: Any, begin: int, end: int) -> tuple[Any, Any]:
-    """(a, b) of an adapter, a [k, rank] and b [rank, n], for the inputs begin to end - 1: b is whole, sums of ranks add up."""
-    _check_range("rows", begin, end, a.shape[0])
-    return np.ascontiguousarray(a[begin:end]), b
+    return np.sort(chosen if order is None else order[order >= 0][chosen].astype(np.int64))
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------
@@ -146,14 +112,6 @@ class _Layer:
                 f"{where}neither EXL2 (q_weight, ...), nor GPTQ (qweight, ...), nor a weight, "
                 f"found {sorted(tensors) or 'no tensors'}"
             )
-
-
-def _check_range(what: str, begin: int, end: int, count: int) -> None:
-    for argument, value in (("begin", begin), ("end", end)):
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-            raise TypeError(f"{argument} must be a whole number, got {type(value).__name__}")
-    if not 0 <= begin < end <= count:
-        raise ValueError(f"begin, end: {begin} to {end}, expected a range of the {count} {what} of the layer that is not empty")
 
 
 def _check_choice(what: str, chosen: Sequence[int] | np.ndarray, count: int) -> np.ndarray:
