@@ -667,9 +667,9 @@ def test_the_bench_says_what_it_needs(monkeypatch):
 def test_the_rows_of_the_bench_stand_under_their_names():
     row = {"gpus": 2, "what": "all_reduce", "bytes": 4096, "nccl_us": 12.34, "one_shot_us": 3.21, "two_shot_us": None}
     row |= {"limit_us": 1.5, "in_use": "one_shot", "bus_gigabytes_per_s": 7.0, "is_right": True}
-    assert len(bench._text(row)) == len(bench.COLUMNS)
-    assert bench._text(row).split() == ["2", "all_reduce", "4096", "12.3", "3.2", "-", "1.5", "one_shot", "7"]
-    assert bench._text(row | {"is_right": False, "rows": 4}).endswith("WRONG")
+    assert len(bench.row_text(row)) == len(bench.COLUMNS)
+    assert bench.row_text(row).split() == ["2", "all_reduce", "4096", "12.3", "3.2", "-", "1.5", "one_shot", "7"]
+    assert bench.row_text(row | {"is_right": False, "rows": 4}).endswith("WRONG")
 
 
 # --- on several GPUs --------------------------------------------------------------------------------------------------
