@@ -144,7 +144,10 @@ class Engine:
         else:
             arrays = self.xp.asarray(host)
         begins, ends, ids, table = _views(arrays, rows, (), (), (width,), (self.cache.max_pages,))
-        compute = lambda: self._hidden(ids, begins, ends, table, selection)  # noqa: E731
+
+        def compute() -> None:  # a graph would keep what this returned
+            self._hidden(ids, begins, ends, table, selection)
+
         if is_graph:
             self._passes.result(key, compute, at_once=False)
         else:
