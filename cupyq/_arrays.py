@@ -1,21 +1,22 @@
 """Which library an array belongs to, the checks every op shares, and the one place where DLPack arrays enter and leave.
 
-NumPy arrays select the reference, CuPy arrays the kernels. Arrays of other frameworks (PyTorch, JAX, ...) pass through
-`accepts_dlpack`, which every public op carries: they become CuPy or NumPy views without a copy, the op runs on the
+NumPy arrays select the reference, CuPy arrays the kernels. Arrays of other frameworks (PyTorch, JAX, Numba, ...) pass
+through `accepts_dlpack`, which every public op carries: they become CuPy or NumPy views without a copy, the op runs on the
 caller's stream, and the results go back as arrays of the caller's framework.
 """
 
 import collections
 import contextlib
-import ctypes
 import functools
 import inspect
+import math
 import sys
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
+from cupyq._capsules import DLPACK_BFLOAT, DLPACK_INT, Retyped, is_read_only
 from cupyq.errors import BackendError
 
 float16 = np.dtype(np.float16)
@@ -107,7 +108,7 @@ def check(array, name, *, dtype=None, shape=None, ndim=None, last=None, writes=F
     """
     if type(array) not in _array_types:
         admit(array, name)
-    if dtype is not None:
+    if dtype is not None and array.dtype is not dtype:
         dtypes = dtype if isinstance(dtype, tuple) else (dtype,)
         if array.dtype not in dtypes:
             expected = " or ".join(str(np.dtype(d)) for d in dtypes)
@@ -119,11 +120,12 @@ def check(array, name, *, dtype=None, shape=None, ndim=None, last=None, writes=F
         raise ValueError(f"{name} must have {ndim} dimensions, got shape {array.shape}")
     if last is not None and (array.ndim == 0 or array.shape[-1] != last):
         raise ValueError(f"{name} must have {last} as its last dimension, got shape {array.shape}")
-    if not is_contiguous(array):
+    is_on_host = isinstance(array, np.ndarray)
+    if not (array.flags.c_contiguous if is_on_host else array._c_contiguous):  # CuPy's flags take ten times as long
         raise ValueError(f"{name} must be C-contiguous, got strides {array.strides}: pass ascontiguousarray({name})")
-    if not isinstance(array, np.ndarray) and array.data.ptr % array.itemsize:  # NumPy reads those, kernels cannot
+    if not is_on_host and array.data.ptr % array.itemsize:  # NumPy reads those, kernels cannot
         raise ValueError(f"{name} must begin at a multiple of its {array.itemsize} bytes a value: pass {name}.copy()")
-    if writes and isinstance(array, np.ndarray) and not array.flags.writeable:
+    if writes and is_on_host and not array.flags.writeable:
         raise ValueError(f"{name} is read-only and would be written: pass a writable array")
 
 
@@ -143,12 +145,6 @@ def _is_shape(found, shape):
     return len(shape) == len(found) and all(s is None or s == t for s, t in zip(shape, found, strict=True))
 
 
-def is_contiguous(array):
-    """Whether an array of NumPy or CuPy is C-contiguous."""
-    # CuPy's flags are an object, which takes ten times as long to ask.
-    return array.flags.c_contiguous if isinstance(array, np.ndarray) else array._c_contiguous
-
-
 def output(xp, out, shape, dtype, name="out"):
     """`out` after checking that it can take the result, or a new array where it is None."""
     if out is None:
@@ -161,8 +157,13 @@ def output(xp, out, shape, dtype, name="out"):
 
 def byte_bounds(array):
     """First and one-past-last address of a C-contiguous array."""
-    address = array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr
+    address = address_of(array)
     return address, address + array.nbytes
+
+
+def address_of(array):
+    """Where the first value of an array of NumPy or CuPy lies."""
+    return array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr
 
 
 def refuse_partial_overlap(out, **inputs):
@@ -171,8 +172,8 @@ def refuse_partial_overlap(out, **inputs):
     for name, array in inputs.items():
         if array is None or array is out:
             continue
-        start, end = byte_bounds(array)
-        if start < high and low < end and (start, end, array.dtype) != (low, high, out.dtype):
+        start = address_of(array)
+        if start < high and low < (end := start + array.nbytes) and (start, end, array.dtype) != (low, high, out.dtype):
             raise ValueError(f"out overlaps {name} partly: pass {name} itself or separate memory")
 
 
@@ -180,6 +181,7 @@ def refuse_partial_overlap(out, **inputs):
 
 _CPU_DEVICES = (1, 3)  # DLPack device types: host memory, page-locked host memory
 _GPU_DEVICES = (2, 13)  # memory of a CUDA GPU, managed memory
+_INTERFACE = "__cuda_array_interface__"  # what arrays of Numba have in place of DLPack
 _foreign_types: dict[type, bool] = {}  # type -> whether it needs the edge
 _native_types: set[type] = set()  # those that do not
 
@@ -189,7 +191,7 @@ def _is_foreign(value):
     known = _foreign_types.get(kind)
     if known is None:
         native = isinstance(value, (np.ndarray, np.generic)) or is_cupy(value)
-        known = _foreign_types[kind] = hasattr(kind, "__dlpack__") and not native
+        known = _foreign_types[kind] = not native and (hasattr(kind, "__dlpack__") or hasattr(kind, _INTERFACE))
         if not known:
             _native_types.add(kind)
     return known
@@ -198,13 +200,16 @@ def _is_foreign(value):
 def accepts_dlpack(op=None, *, writes=("out", "workspace")):
     """Decorator for public ops: arrays of any DLPack framework in, arrays of the same framework out.
 
-    PyTorch and JAX callers get their own arrays back, and the very object they passed where the op wrote into it;
-    callers from other frameworks get NumPy or CuPy arrays. `writes` names the arguments the op writes to; read-only
-    arrays (such as JAX's) are refused there. NumPy and CuPy callers pay one type look-up per argument.
+    PyTorch, JAX and Numba callers get their own arrays back, and the very object they passed where the op wrote into it;
+    callers from other frameworks get NumPy or CuPy arrays. Arrays on a GPU that speak no DLPack come by the CUDA array
+    interface. `writes` names the arguments the op writes to; read-only arrays (such as JAX's) are refused there. NumPy
+    and CuPy callers pay one type look-up per argument.
     """
     if op is None:
         return functools.partial(accepts_dlpack, writes=writes)
     signature = inspect.signature(op)
+    names, known = tuple(signature.parameters), frozenset(signature.parameters)
+    positional = sum(parameter.kind is parameter.POSITIONAL_OR_KEYWORD for parameter in signature.parameters.values())
 
     @functools.wraps(op)
     def edge(*args, **kwargs):
@@ -212,17 +217,41 @@ def accepts_dlpack(op=None, *, writes=("out", "workspace")):
             return op(*args, **kwargs)
         if not any(map(_is_foreign, (*args, *kwargs.values()))):
             return op(*args, **kwargs)
-        bound = signature.bind(*args, **kwargs)
-        return _call_with_foreign(op, bound.arguments, writes)
+        given = dict(zip(names, args, strict=False))
+        if len(args) > positional or not given.keys().isdisjoint(kwargs) or not known.issuperset(kwargs):
+            signature.bind(*args, **kwargs)  # raises; where nothing is wrong it would take longer than all the rest
+        return _call_with_foreign(op, given | kwargs, writes)
 
     return edge
 
 
 def _call_with_foreign(op, arguments, writes):
-    framework = _framework(next(filter(_is_foreign, arguments.values())))
+    first = next(filter(_is_foreign, arguments.values()))
+    framework = _framework(first)
+    if framework == "torch" and (device_id := first.get_device()) >= 0:
+        return _call_on_torch(op, arguments, writes, device_id)
     with native(arguments, writes) as converted:
         originals = {id(converted[name]): value for name, value in arguments.items() if _is_foreign(value)}
         return _export(op(**converted), framework, originals)
+
+
+def _call_on_torch(op, arguments, writes, device_id):
+    """What `native` and the rest do for tensors of PyTorch on a GPU, in half of the host's time."""
+    foreign = [(name, value) for name, value in arguments.items() if _is_foreign(value)]
+    _require_gpu(device_id, foreign[0][0])
+    cuda = require_cupy().cuda
+    if cuda.runtime.getDevice() != device_id:
+        with cuda.Device(device_id):
+            return _call_on_torch(op, arguments, writes, device_id)
+    pointer = _torch_stream(device_id)
+    if cuda.get_current_stream(device_id).ptr != pointer:
+        with stream_at(pointer, device_id):
+            return _call_on_torch(op, arguments, writes, device_id)
+    originals = {}
+    for name, value in foreign:
+        arguments[name] = view = view_of(value, name, writes=name in writes)
+        originals[id(view)] = value
+    return _export(op(**arguments), "torch", originals)
 
 
 @contextlib.contextmanager
@@ -239,14 +268,19 @@ def native(arguments, writes=()):
     with _caller_stream(framework, foreign):
         converted = dict(arguments)
         for name, value in foreign.items():
-            converted[name] = _import(value, name, writes=name in writes)
+            converted[name] = view_of(value, name, writes=name in writes)
         yield converted
         if framework != "torch":
             _hold_until_done(converted, foreign)
 
 
 def _framework(array):
-    return type(array).__module__.split(".")[0]
+    return _package_of(array.__class__)
+
+
+@functools.cache
+def _package_of(kind):
+    return kind.__module__.split(".")[0]
 
 
 class _StreamHandle:
@@ -264,7 +298,8 @@ def _caller_stream(framework, arrays):
     """Make the caller's device and stream CuPy's current ones while the op runs.
 
     PyTorch has a current stream per device: work is queued there. Other frameworks have no such notion; CuPy's current
-    stream is used and DLPack's stream handshake orders it behind the producer.
+    stream is used, and DLPack's stream handshake, or the stream that the CUDA array interface names, orders it behind the
+    producer.
     """
     places = ((name, gpu_of(array, name)) for name, array in arrays.items())
     name, device_id = next((place for place in places if place[1] is not None), ("", None))
@@ -285,12 +320,31 @@ def gpu_of(array, name):
     if _framework(array) == "torch":  # a hundredth of the time of asking by DLPack
         device_id = array.get_device()
         return None if device_id < 0 else device_id
-    kind, device_id = array.__dlpack_device__()
+    if not hasattr(array, "__dlpack__"):
+        return _gpu_of_address(getattr(array, _INTERFACE)["data"][0], name)
+    try:
+        kind, device_id = array.__dlpack_device__()
+    except AttributeError:  # what stands for an array while JAX compiles
+        raise TypeError(
+            f"{name} is a {type(array).__name__} without values: in jax.jit use cupyq.interop.jax_callback"
+        ) from None
     if kind in _CPU_DEVICES:
         return None
     if kind not in _GPU_DEVICES:
         raise TypeError(f"{name} is on a device of DLPack's type {int(kind)}, neither the host nor a CUDA GPU: move it to one")
     return int(device_id)
+
+
+def _gpu_of_address(address, name):
+    """The number of the GPU whose memory an address is in; the current one for that of an empty array, 0."""
+    runtime = require_cupy().cuda.runtime
+    try:
+        device_id = runtime.pointerGetAttributes(address).device if address else runtime.getDevice()
+    except runtime.CUDARuntimeError as error:
+        raise BackendError(f"{name} is on a GPU, and CuPy cannot use it: {first_line(error)}") from None
+    if device_id < 0:
+        raise TypeError(f"{name} is not in the memory of a CUDA GPU: move it to one")
+    return device_id
 
 
 @functools.cache
@@ -319,23 +373,27 @@ def stream_at(pointer, device_id):
     return cupy.cuda.Stream.from_external(_StreamHandle(pointer)) if pointer else cupy.cuda.Stream.null
 
 
-def _import(array, name, *, writes):
+def view_of(array, name="an array", *, writes=False):
+    """A CuPy or NumPy view of another framework's array, whose values CuPy's current stream will find there."""
     framework = _framework(array)
-    if writes and framework in ("jax", "jaxlib"):
+    if framework == "torch":
+        if array.requires_grad:
+            raise ValueError(f"{name} requires a gradient, and cupyq records none: pass {name}.detach()")
+        if not array.is_contiguous():
+            raise ValueError(f"{name} must be C-contiguous, got strides {tuple(array.stride())}: pass {name}.contiguous()")
+        if (device_id := array.get_device()) >= 0 and (dtype := _torch_dtypes().get(array.dtype)) is not None:
+            return _view_of_torch(array, dtype, device_id)
+    elif not hasattr(array, "__dlpack__"):
+        return _view_of_interface(array, name, writes)
+    elif writes and framework in ("jax", "jaxlib"):
         raise ValueError(f"{name} is a JAX array, which is immutable: leave {name} out and use the returned array")
-    if framework == "torch" and array.requires_grad:
-        raise ValueError(f"{name} requires a gradient, and cupyq records none: pass {name}.detach()")
-    if framework == "torch" and not array.is_contiguous():
-        raise ValueError(f"{name} must be C-contiguous, got strides {tuple(array.stride())}: pass {name}.contiguous()")
     device_id = gpu_of(array, name)
-    if framework == "torch" and device_id is not None and (dtype := _torch_dtypes().get(array.dtype)) is not None:
-        return _view_of_torch(array, dtype, device_id)
     is_bfloat16 = str(getattr(array, "dtype", "")).endswith("bfloat16")
-    if writes and device_id is not None and framework != "torch" and _is_read_only(array):
+    if writes and device_id is not None and framework != "torch" and is_read_only(array):
         raise ValueError(f"{name} is read-only and would be written: pass a writable array")
     library = np if device_id is None else require_cupy()
     try:
-        view = library.from_dlpack(_Retyped(array, _DLPACK_INT) if is_bfloat16 else array)
+        view = library.from_dlpack(Retyped(array, DLPACK_INT) if is_bfloat16 else array)
     except (BufferError, RuntimeError, TypeError) as error:
         raise TypeError(f"{name} ({type(array).__name__}) cannot be taken by DLPack: {first_line(error)}") from None
     if writes and device_id is None and not view.flags.writeable:
@@ -361,6 +419,36 @@ def _view_of_torch(tensor, dtype, device_id):
     return cupy.ndarray(shape, dtype, cupy.cuda.MemoryPointer(memory, 0))
 
 
+def _view_of_interface(array, name, writes):
+    """A CuPy view of what the CUDA array interface describes. CuPy's own would make the host wait for the array's stream.
+
+    Source: CUDA Array Interface, version 3, https://nvidia.github.io/numba-cuda/user/cuda_array_interface.html.
+    """
+    cupy = require_cupy()
+    described = getattr(array, _INTERFACE)
+    address, is_read_only = described["data"]
+    if writes and is_read_only:
+        raise ValueError(f"{name} is read-only and would be written: pass a writable array")
+    if described.get("mask") is not None:
+        raise TypeError(f"{name} has a mask, which no kernel reads: pass its values alone")
+    shape, dtype = tuple(described["shape"]), np.dtype(described["typestr"])
+    device_id = _gpu_of_address(address, name)
+    if (stream := described.get("stream")) is not None:
+        _wait_for(stream, device_id)
+    memory = cupy.cuda.UnownedMemory(address, math.prod(shape) * dtype.itemsize, array, device_id)
+    return cupy.ndarray(shape, dtype, cupy.cuda.MemoryPointer(memory, 0), strides=described.get("strides"))
+
+
+def _wait_for(pointer, device_id):
+    """Order CuPy's current stream behind what another one has been given; the host goes on."""
+    cuda = sys.modules["cupy"].cuda
+    current = cuda.get_current_stream(device_id)
+    if pointer != (current.ptr or 1):  # cudaStreamLegacy, which CuPy calls 0
+        event = cuda.Event(disable_timing=True)
+        event.record(stream_at(pointer, device_id))
+        current.wait_event(event)
+
+
 def _export(result, framework, originals):
     if isinstance(result, tuple):
         return tuple(_export(item, framework, originals) for item in result)
@@ -368,11 +456,13 @@ def _export(result, framework, originals):
         return originals[id(result)]
     if not (isinstance(result, np.ndarray) or is_cupy(result)):
         return result
+    if framework == "numba" and is_cupy(result) and result.dtype != bfloat16:  # which Numba has not
+        return sys.modules["numba.cuda"].as_cuda_array(result, sync=False)  # sync: the host would wait for the stream
     if framework not in ("torch", "jax", "jaxlib"):
         return result
-    producer = _Retyped(result.view(np.int16), _DLPACK_BFLOAT) if result.dtype == bfloat16 else result
-    if framework == "torch":
-        return sys.modules["torch"].from_dlpack(producer)
+    producer = Retyped(result.view(np.int16), DLPACK_BFLOAT) if result.dtype == bfloat16 else result
+    if framework == "torch":  # on whose stream the op ran: nothing has to wait, and asking for it again takes its time
+        return sys.modules["torch"].from_dlpack(producer.__dlpack__(stream=-1) if is_cupy(result) else producer)
     if isinstance(result, np.ndarray):
         return sys.modules["jax"].numpy.asarray(result)
     return sys.modules["jax"].dlpack.from_dlpack(producer)
@@ -394,51 +484,6 @@ def _hold_until_done(converted, foreign):
     event = sys.modules["cupy"].cuda.Event(disable_timing=True)
     event.record()
     _in_flight.append((event, tuple(foreign.values())))
-
-
-# Neither NumPy nor CuPy imports or exports bfloat16 by DLPack, as neither has such a dtype of its own. The bits travel
-# as int16, with the type code in the capsule exchanged on the way: no copy, and every framework's stream rules hold.
-
-_DLPACK_INT, _DLPACK_BFLOAT = 0, 4  # DLDataTypeCode of dlpack.h
-
-# Offset of DLTensor.dtype.code by capsule name: data pointer (8 bytes), device (8) and ndim (4) stand before it in a
-# DLTensor; a DLManagedTensorVersioned has version (8), context (8), deleter (8) and flags (8) before the DLTensor.
-_TYPE_CODE_OFFSETS = {b"dltensor": 20, b"dltensor_versioned": 52}
-
-_FLAGS_OFFSET, _READ_ONLY = 24, 1  # of a DLManagedTensorVersioned
-
-_capsule_name = ctypes.PYFUNCTYPE(ctypes.c_char_p, ctypes.py_object)(("PyCapsule_GetName", ctypes.pythonapi))
-_capsule_pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
-    ("PyCapsule_GetPointer", ctypes.pythonapi)
-)
-
-
-def _is_read_only(array):
-    """Whether an array on a GPU is marked as read-only, as DLPack can from version 1 on; CuPy's import passes over the mark."""
-    try:
-        capsule = array.__dlpack__(stream=-1, max_version=(1, 0))  # -1: nothing waits for anything
-    except (BufferError, TypeError):  # knows version 0 alone, which has no mark
-        return False
-    name = _capsule_name(capsule)
-    if name not in _TYPE_CODE_OFFSETS or name == b"dltensor":
-        return False
-    return bool(ctypes.c_uint64.from_address(_capsule_pointer(capsule, name) + _FLAGS_OFFSET).value & _READ_ONLY)
-
-
-class _Retyped:
-    """A DLPack producer that announces the elements of another one as a different type of the same size."""
-
-    def __init__(self, array, type_code):
-        self._array, self._type_code = array, type_code
-
-    def __dlpack_device__(self):
-        return self._array.__dlpack_device__()
-
-    def __dlpack__(self, **options):
-        capsule = self._array.__dlpack__(**options)
-        name = _capsule_name(capsule)
-        ctypes.c_uint8.from_address(_capsule_pointer(capsule, name) + _TYPE_CODE_OFFSETS[name]).value = self._type_code
-        return capsule
 
 
 def to_host(array):

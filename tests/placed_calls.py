@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from kernel_checks import bfloat16, float16, float32, host, move
 
-from cupyq import _arrays, ops
+from cupyq import _capsules, ops
 from cupyq.errors import CupyqError
 
 # --- calls ------------------------------------------------------------------------------------------------------------
@@ -109,10 +109,10 @@ class ReadOnlyExporter(Exporter):
 
     def __dlpack__(self, **options):
         capsule = self.array.__dlpack__(**options)
-        name = _arrays._capsule_name(capsule)
+        name = _capsules._capsule_name(capsule)
         if name == b"dltensor_versioned":
-            flags = ctypes.c_uint64.from_address(_arrays._capsule_pointer(capsule, name) + _arrays._FLAGS_OFFSET)
-            flags.value |= _arrays._READ_ONLY
+            flags = ctypes.c_uint64.from_address(_capsules._capsule_pointer(capsule, name) + _capsules._FLAGS_OFFSET)
+            flags.value |= _capsules._READ_ONLY
         return capsule
 
 

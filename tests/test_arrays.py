@@ -7,7 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from cupyq import _arrays
+from cupyq import _arrays, _capsules
 from cupyq._arrays import (
     FLOATS,
     accepts_dlpack,
@@ -19,6 +19,7 @@ from cupyq._arrays import (
     refuse_partial_overlap,
     to_host,
 )
+from cupyq.ops._common import access_width, vector_width
 from cupyq.ops.norm import rms_norm
 
 FRAMEWORKS = [name for name in ("torch", "jax") if importlib.util.find_spec(name)]
@@ -148,6 +149,24 @@ def test_overlap_is_refused_unless_it_is_the_whole_array():
             refuse_partial_overlap(out, other=np.zeros(3), x=x)
 
 
+def test_the_width_of_an_access_divides_columns_and_addresses():
+    """By the definition: halved until rows and first values of every array are multiples of it."""
+    memory = np.zeros(256, np.uint8)
+    base = -memory.ctypes.data % 64
+    arrays = [
+        memory[base + shift :][: 4 * dtype.itemsize].view(dtype) for dtype in FLOATS for shift in (0, 2, 4, 8, 12, 16, 32)
+    ]
+    for x in arrays:
+        for y in (None, *arrays):
+            given = [a for a in (x, y) if a is not None]
+            for columns in (0, 1, 2, 4, 6, 12, 40, 256):
+                width = 16 // max(a.itemsize for a in given)
+                assert vector_width(columns, x, y, widest=width) == access_width(columns, x, y)
+                while columns % width or any(a.ctypes.data % (width * a.itemsize) for a in given if width > 1):
+                    width //= 2
+                assert access_width(columns, x, y) == width
+
+
 # --- DLPack -----------------------------------------------------------------------------------------------------------
 
 
@@ -244,7 +263,7 @@ def test_bfloat16_travels_through_dlpack_as_int16(versioned):
 
         def __dlpack__(self, **options):
             options = {"max_version": (1, 0)} if versioned else {}
-            return _arrays._Retyped(self.array, _arrays._DLPACK_BFLOAT).__dlpack__(**options)
+            return _capsules.Retyped(self.array, _capsules.DLPACK_BFLOAT).__dlpack__(**options)
 
     with pytest.raises((BufferError, RuntimeError, TypeError)):
         np.from_dlpack(Bfloat16(bits))  # so the type code really is another one

@@ -200,7 +200,7 @@ def listed(page):
     return re.findall(r"^::: (\S+)", (DOCS / f"reference/{page}.md").read_text(), re.M)
 
 
-@pytest.mark.parametrize("package", ["ops", "layers", "models", "generate", "serve", "quantize", "tp", "ext"])
+@pytest.mark.parametrize("package", ["ops", "layers", "models", "generate", "serve", "quantize", "tp", "ext", "interop"])
 def test_every_public_name_is_in_the_reference(package):
     names = listed(package)
     assert len(names) == len(set(names))

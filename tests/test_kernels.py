@@ -772,7 +772,9 @@ def test_threads_share_a_stream_without_mixing_their_arguments(driver):
 def test_what_launch_takes_from_cupy_is_there():
     array = fake_array(4, 4)
     assert array._c_contiguous and not array.T._c_contiguous and array[1:]._c_contiguous
-    assert _arrays.is_contiguous(array) and not _arrays.is_contiguous(array.T)
+    _arrays.check(array, "x")
+    with pytest.raises(ValueError, match="x must be C-contiguous"):
+        _arrays.check(array.T, "x")
 
 
 # --- overlap ----------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from placed_calls import Callee, Exporter, OfLibrary, Placed, ReadOnlyExporter, 
 from spoilt_calls import GPU_KINDS, spoilt
 from test_repo import public_ops
 
-from cupyq import _arrays, ops
+from cupyq import _capsules, ops
 from cupyq.formats import kv_cache
 
 _USUAL = 100
@@ -178,9 +178,9 @@ def test_a_read_only_mark_is_read():
             return self.array.__dlpack__(**options)
 
     x = np.zeros(3, np.float32)
-    assert not _arrays._is_read_only(WithoutStream(x))
+    assert not _capsules.is_read_only(WithoutStream(x))
     x.flags.writeable = False
-    assert _arrays._is_read_only(WithoutStream(x))
+    assert _capsules.is_read_only(WithoutStream(x))
 
 
 # --- the checks can fail ----------------------------------------------------------------------------------------------

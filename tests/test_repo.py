@@ -47,6 +47,7 @@ KERNELS = PACKAGE / "cu"
 LAYERS = {
     "errors": 0,
     "_arguments": 0,
+    "_capsules": 0,
     "_version": 0,
     "_json_file": 1,
     "_arrays": 1,
@@ -54,6 +55,7 @@ LAYERS = {
     "_progress": 1,
     "formats": 1,
     "_launch": 1,
+    "interop": 2,
     "_tensor_maps": 2,
     "_kernels": 2,
     "ops": 3,

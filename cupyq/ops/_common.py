@@ -5,7 +5,7 @@ import os
 
 import numpy as np
 
-from cupyq._arrays import byte_bounds, check, require_cupy
+from cupyq._arrays import address_of, byte_bounds, check, require_cupy
 
 
 def float64(array):
@@ -15,15 +15,17 @@ def float64(array):
 
 def vector_width(columns, *arrays, widest=4):
     """The most values one access can take in every array: their rows and first addresses must be multiples of it."""
-    width = widest
-    while width > 1 and (columns % width or any(a is not None and byte_bounds(a)[0] % (width * a.itemsize) for a in arrays)):
-        width //= 2
-    return width
+    places = columns | widest  # all powers of two: the lowest bit that is set anywhere is what divides them all
+    for array in arrays:
+        if array is not None:
+            place, beside = divmod(address_of(array), array.itemsize)
+            places |= 1 if beside else place
+    return places & -places
 
 
 def access_width(columns, *arrays):
     """`vector_width` whose widest dtype travels in at most 16 bytes: 4 values of float32, 8 of the 16-bit types."""
-    return vector_width(columns, *arrays, widest=16 // max(a.itemsize for a in arrays if a is not None))
+    return vector_width(columns, *arrays, widest=16 // max([a.itemsize for a in arrays if a is not None]))
 
 
 def refuse_overlap(written, name, **inputs):
@@ -32,9 +34,17 @@ def refuse_overlap(written, name, **inputs):
     for other, array in inputs.items():
         if array is None:
             continue
-        start, end = byte_bounds(array)
-        if start < high and low < end:
-            raise ValueError(f"{name} overlaps {other}, which is still read: pass separate memory")
+        start = address_of(array)
+        if start < high and low < start + array.nbytes:
+            raise overlap_error(name, other)
+
+
+def overlap_error(name, other):
+    return ValueError(f"{name} overlaps {other}, which is still read: pass separate memory")
+
+
+# A size as kernels take it. Making one takes four times as long as finding one that was made.
+int32_of = functools.lru_cache(maxsize=1 << 14)(np.int32)
 
 
 @functools.cache

@@ -8,8 +8,8 @@ from cupyq import _device
 from cupyq._arrays import (
     FLOATS,
     accepts_dlpack,
+    address_of,
     bfloat16,
-    byte_bounds,
     check,
     float16,
     float32,
@@ -327,7 +327,7 @@ def _padded(head_dim, multiple):
 def _launch_attention(problem, q, k, v, out, workspace):
     has_codes = isinstance(k, CacheCodes) or isinstance(v, CacheCodes)
     arrays = (q, *cache_arrays(k=k, v=v).values(), out)
-    is_aligned = all(a is None or byte_bounds(a)[0] % 16 == 0 for a in arrays)
+    is_aligned = not any([a is not None and address_of(a) % 16 for a in arrays])
     page_size = problem.page_size if problem.is_paged else None
     arch = _device.current().arch
     kernel = pick_kernel(q.dtype, problem.most_queries, problem.head_dim, is_aligned, arch, has_codes, page_size)

@@ -1,15 +1,17 @@
 """Attention of few queries: how the keys are shared out over the GPU, and the launch of attention_decode."""
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
 
 from cupyq import _device
-from cupyq._arrays import bfloat16, byte_bounds, float16, float32, require_cupy
+from cupyq._arrays import address_of, bfloat16, float16, float32, require_cupy
 from cupyq._device import shared_bytes_limit
 from cupyq._kernels import instance
 from cupyq._kernels import launch as launch_kernel
 from cupyq.errors import UnsupportedError
+from cupyq.ops._common import int32_of
 from cupyq.ops.kv_append import parts_of
 from cupyq.ops.kv_codec import CacheCodes
 
@@ -49,6 +51,7 @@ class DecodeConfig:
         return 2 if is_small and 2 * (self.shared_bytes(head_dim, k_kind, v_kind) + 1024) <= limit + 1024 else 1
 
 
+@functools.cache  # asked for at every launch
 def pick_decode_config(head_dim, arch, k_kind="dense", v_kind="dense", *, has_many_items=False):
     """The largest block that fits: the more warps share a block, the fewer parts of their sums are to be added.
 
@@ -76,6 +79,12 @@ class Plan:
     def part_floats(self, head_dim):
         """Of one part: the sums, then top and sum of weights of each row, to a multiple of 16 bytes."""
         return self.part_rows * head_dim + -(-2 * self.part_rows // 4) * 4
+
+
+@functools.cache
+def _resources(config, head_dim, arch, k_kind, v_kind):
+    """Bytes of shared memory of a block, and how many blocks a multiprocessor is to hold."""
+    return config.shared_bytes(head_dim, k_kind, v_kind), config.blocks_per_sm(head_dim, arch, k_kind, v_kind)
 
 
 def plan_shares(problem, resident_blocks, least_tiles=_LEAST_TILES):
@@ -149,8 +158,8 @@ def launch(problem, q, k, v, out, workspace, *, config=None, plan=None, ahead_ti
     if config is None:
         has_many_items = problem.batch * problem.kv_heads >= 2 * device.sm_count
         config = pick_decode_config(problem.head_dim, device.arch, k_kind, v_kind, has_many_items=has_many_items)
+    shared, per_sm = _resources(config, problem.head_dim, device.arch, k_kind, v_kind)
     if plan is None:
-        per_sm = config.blocks_per_sm(problem.head_dim, device.arch, k_kind, v_kind)
         plan = plan_shares(problem, per_sm * device.sm_count)
     parts, arrived = _parts(q, plan, problem.head_dim, workspace) if plan.parts else (None, None)
     arguments = (
@@ -161,14 +170,13 @@ def launch(problem, q, k, v, out, workspace, *, config=None, plan=None, ahead_ti
         out,
         parts,
         arrived,
-        *map(np.int32, (problem.batch, problem.most_queries, problem.heads, problem.kv_heads, problem.head_dim)),
-        np.int32(problem.capacity),
-        np.int32(problem.page_size.bit_length() - 1 if problem.is_paged else 0),
-        *map(np.int32, (problem.max_pages, problem.pages, problem.causal, problem.kernel_window)),
+        *map(int32_of, (problem.batch, problem.most_queries, problem.heads, problem.kv_heads, problem.head_dim)),
+        int32_of(problem.capacity),
+        int32_of(problem.page_size.bit_length() - 1 if problem.is_paged else 0),
+        *map(int32_of, (problem.max_pages, problem.pages, problem.causal, problem.kernel_window)),
         *map(np.float32, (problem.scale, problem.kernel_softcap)),
-        *map(np.int32, (plan.most_shares, plan.least_tiles, plan.part_rows, ahead_tiles)),
+        *map(int32_of, (plan.most_shares, plan.least_tiles, plan.part_rows, ahead_tiles)),
     )
-    shared = config.shared_bytes(problem.head_dim, k_kind, v_kind)
     wanted = _decode_instance(q.dtype, problem.head_dim, config, k_kind, v_kind)
     launch_kernel(wanted, (plan.blocks,), (32 * config.warps,), arguments, shared)
 
@@ -183,9 +191,10 @@ def _parts(q, plan, head_dim, workspace):
         raise ValueError(
             f"workspace must have at least {_COUNTERS + size} floats, got {workspace.size}: see attention_workspace_size"
         )
-    if byte_bounds(workspace)[0] % 16:
+    address = address_of(workspace)
+    if address % 16:
         raise ValueError("workspace must begin at a multiple of 16 bytes: pass a whole array, not a slice from its middle")
-    return workspace[_COUNTERS:], workspace[:_COUNTERS]
+    return np.uint64(address + 4 * _COUNTERS), workspace  # addresses: views take four times as long to make
 
 
 def _decode_instance(dtype, head_dim, config, k_kind="dense", v_kind="dense"):

@@ -5,7 +5,7 @@ import numpy as np
 from cupyq._arrays import FLOATS, accepts_dlpack, byte_bounds, check, float16, float32, int32, namespace, to_host
 from cupyq._kernels import instance, launch
 from cupyq.formats import kv_cache
-from cupyq.ops._common import is_checking, refuse_overlap, vector_width
+from cupyq.ops._common import int32_of, is_checking, overlap_error, vector_width
 from cupyq.ops.kv_codec import CacheCodes, cache_arrays
 
 _WORDS = {16: "uint4", 8: "uint2", 4: "uint32", 2: "uint16"}
@@ -77,9 +77,11 @@ def check_caches(k_cache, v_cache, dtype, batch, block_table, heads_shape=(None,
 
 def refuse_cache_overlaps(caches, **read):
     """ValueError where the arrays of `caches`, {name: array}, overlap each other or what is read."""
-    given = {name: array for name, array in caches.items() if array is not None}
-    for number, (name, array) in enumerate(given.items()):
-        refuse_overlap(array, name, **read, **dict(list(given.items())[number + 1 :]))
+    written, others = ([(name, *byte_bounds(a)) for name, a in arrays.items() if a is not None] for arrays in (caches, read))
+    for number, (name, low, high) in enumerate(written):
+        for other, start, end in (*others, *written[number + 1 :]):
+            if start < high and low < end:
+                raise overlap_error(name, other)
 
 
 def check_capacity(positions, seq, cache_shape, block_table=None):
@@ -144,7 +146,7 @@ def as_float16(x):
 def _launch_kv_append(k, v, k_cache, v_cache, positions, block_table):
     batch, seq, kv_heads, head_dim = k.shape
     tables = (positions, block_table)
-    places = (np.int32(seq), *place_sizes(k_cache, block_table))
+    places = (int32_of(seq), *place_sizes(k_cache, block_table))
     if isinstance(k_cache, CacheCodes) or isinstance(v_cache, CacheCodes):
         parts = (parts_of(k_cache), parts_of(v_cache))
         launch(
@@ -155,22 +157,21 @@ def _launch_kv_append(k, v, k_cache, v_cache, positions, block_table):
         )
         return
     row_bytes = kv_heads * head_dim * k.itemsize
-    word_bytes = 16
-    while row_bytes % word_bytes or any(byte_bounds(a)[0] % word_bytes for a in (k, v, k_cache, v_cache)):
-        word_bytes //= 2
+    word_bytes = vector_width(row_bytes // k.itemsize, k, v, k_cache, v_cache, widest=16 // k.itemsize) * k.itemsize
     words = row_bytes // word_bytes
     threads = min(256, -(-words // 32) * 32)
     launch(
         instance("kv_append", _WORDS[word_bytes]),
         (batch * seq, 2),
         (threads,),
-        (k, v, k_cache, v_cache, *tables, *places, np.int32(words)),
+        (k, v, k_cache, v_cache, *tables, *places, int32_of(words)),
     )
 
 
 def place_sizes(cache, block_table):
     """(pages, page_size, max_pages) as kernels take them."""
-    return np.int32(cache.shape[0]), np.int32(cache.shape[1]), np.int32(1 if block_table is None else block_table.shape[1])
+    pages, page_size, *_ = cache.shape
+    return int32_of(pages), int32_of(page_size), int32_of(1 if block_table is None else block_table.shape[1])
 
 
 def parts_of(cache):

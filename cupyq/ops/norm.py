@@ -19,7 +19,7 @@ from cupyq._arrays import (
     refuse_partial_overlap,
 )
 from cupyq._kernels import instance, launch
-from cupyq.ops._common import access_width, dtype_named, float64, norm_epsilon, refuse_overlap, shown, store
+from cupyq.ops._common import access_width, dtype_named, float64, int32_of, norm_epsilon, refuse_overlap, shown, store
 
 
 @accepts_dlpack
@@ -102,7 +102,7 @@ def _launch_rms_norm(x, weight, eps, residual, order, out):
     dim, count = weight.size, out.shape[-1]
     warps = norm_warps(dim)
     vector = access_width(math.gcd(dim, count), x, weight, residual, order, out)
-    sizes = (np.int32(dim), np.int32(count), np.float32(eps))
+    sizes = (int32_of(dim), int32_of(count), np.float32(eps))
     kernel = _row_instance("rms_norm", x.dtype, weight.dtype, out.dtype, vector, warps, order is not None)
     launch(kernel, (x.size // dim,), (32 * warps,), (x, weight, residual, order, out, *sizes), _row_bytes(order, dim, out))
 

@@ -18,7 +18,7 @@ from cupyq._arrays import (
 )
 from cupyq._kernels import instance, launch
 from cupyq.errors import FormatError, UnsupportedError
-from cupyq.ops._common import float64, refuse_overlap, shown, store, vector_width
+from cupyq.ops._common import float64, int32_of, refuse_overlap, shown, store, vector_width
 
 
 @accepts_dlpack
@@ -104,7 +104,7 @@ def _launch_rope(x, sin, cos, positions, style, out):
         _rope_instance(x.dtype, sin.dtype, style, vector),
         (batch * seq,),
         (min(256, -(-items // 32) * 32),),
-        (x, sin, cos, positions, out, *map(np.int32, (seq, heads, head_dim, pairs, table_len, positions.ndim == 2))),
+        (x, sin, cos, positions, out, *map(int32_of, (seq, heads, head_dim, pairs, table_len, positions.ndim == 2))),
     )
 
 
