@@ -63,6 +63,7 @@ gpu:
 
 # The plain run first: it fills the kernel cache, so that the sanitizer watches kernels and not the compiler.
 sanitize:
+	PYTHONPATH=. $(GPU_PYTHON) tools/sanitize_cases.py --compile
 	PYTHONPATH=. $(GPU_PYTHON) tools/sanitize_cases.py
 	set -e; for tool in memcheck racecheck initcheck synccheck; do \
 		echo "compute-sanitizer $$tool"; \

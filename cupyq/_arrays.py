@@ -10,12 +10,14 @@ import contextlib
 import functools
 import inspect
 import math
+import os
 import sys
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
+from cupyq import _fork
 from cupyq._capsules import DLPACK_BFLOAT, DLPACK_INT, Retyped, is_read_only
 from cupyq.errors import BackendError
 
@@ -131,6 +133,9 @@ def check(array, name, *, dtype=None, shape=None, ndim=None, last=None, writes=F
 
 _array_types: set[type] = {np.ndarray}  # those seen whose arrays mean what they hold
 
+if hasattr(os, "register_at_fork"):  # seen anew: CuPy's arrays may be of no use in the child
+    os.register_at_fork(after_in_child=_array_types.clear)
+
 
 def admit(array, name):
     """Remember the type of an array. TypeError for what is none, and where `*` or a mask would give other results."""
@@ -138,6 +143,8 @@ def admit(array, name):
         raise TypeError(f"{name} must be a plain array, got {type(array).__name__}: pass numpy.asarray({name})")
     if not (isinstance(array, np.ndarray) or is_cupy(array)):
         raise TypeError(f"{name} must be a NumPy or CuPy array (or come by DLPack), got {type(array).__name__}")
+    if is_cupy(array):
+        _fork.refuse()
     _array_types.add(type(array))
 
 
@@ -484,16 +491,3 @@ def _hold_until_done(converted, foreign):
     event = sys.modules["cupy"].cuda.Event(disable_timing=True)
     event.record()
     _in_flight.append((event, tuple(foreign.values())))
-
-
-def to_host(array):
-    """The array where it is NumPy's, else a copy on the host, which waits for what the current stream holds."""
-    return array if isinstance(array, np.ndarray) else array.get()
-
-
-def copy_values(source, target):
-    """target[...] = source, contiguous arrays of one size and dtype; CuPy would compile a kernel for this."""
-    if isinstance(target, np.ndarray):
-        target[...] = source
-    else:
-        target.data.copy_from_device_async(source.data, target.nbytes)

@@ -4,6 +4,7 @@ import functools
 import warnings
 from dataclasses import dataclass
 
+from cupyq import _fork
 from cupyq._arrays import is_absence, require_cupy
 from cupyq.errors import BackendError
 
@@ -44,7 +45,11 @@ def shared_bytes_limit(arch):
 
 
 def count():
-    """Number of usable GPUs: 0 without CuPy, driver or device, never an error; a CuPy that is broken is warned of."""
+    """Number of usable GPUs: 0 without CuPy, driver or device; a CuPy that is broken is warned of.
+
+    Never an error, but for a process forked from one that had used CUDA: BackendError.
+    """
+    _fork.refuse()
     try:
         cupy = require_cupy()
     except BackendError as error:
@@ -70,6 +75,7 @@ def choose_backend(backend):
 
 def current():
     """DeviceInfo of CuPy's current device. Raises BackendError where there is none."""
+    _fork.refuse()
     cupy = require_cupy()
     try:
         device_id = cupy.cuda.runtime.getDevice()

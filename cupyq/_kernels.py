@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cupyq import _arrays, _device, _launch
+from cupyq import _arrays, _device, _fork, _launch
 from cupyq.errors import BackendError
 
 SOURCE_FOLDER = Path(__file__).parent / "cu"
@@ -114,6 +114,10 @@ def _cache_paths(wanted, arch):
     return cache_folder() / f"{stem}.{suffix}", cache_folder() / f"{stem}.name"
 
 
+class _CacheError(BackendError):
+    """The disk cache cannot be read or written."""
+
+
 def _write_atomically(path, data):
     """Other processes see the whole file or none: write beside it, then rename."""
     # Not tempfile: its files are private to the user, and a cache may be filled by one user for others.
@@ -128,7 +132,7 @@ def _write_atomically(path, data):
                 os.unlink(temporary)
             raise
     except OSError as error:
-        raise BackendError(
+        raise _CacheError(
             f"cannot write to the kernel cache {path.parent} ({error.strerror}); set CUPYQ_CACHE_DIR to a writable folder"
         ) from None
 
@@ -143,7 +147,7 @@ def _cached_name(code_path, name_path):
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        raise BackendError(
+        raise _CacheError(
             f"cannot read the kernel cache {code_path.parent} ({error.strerror}); set CUPYQ_CACHE_DIR to a folder of your own"
         ) from None
 
@@ -177,33 +181,72 @@ def compile_instance(wanted, arch, options=()):
     return as_bytes, lowered if isinstance(lowered, str) else lowered.decode(), log
 
 
-_locks: dict[Path, threading.Lock] = {}  # one per cache file, so that two threads never compile the same instance
-
-
 def compiled(wanted, arch):
-    """Path of the compiled instance and its lowered name, from the disk cache or compiled into it."""
+    """Path of the compiled instance and its lowered name, from the disk cache or compiled into it; else BackendError."""
+    code, lowered, trouble = _obtained(wanted, arch)
+    if trouble is not None:
+        raise BackendError(trouble)
+    return code, lowered
+
+
+def loadable(wanted, arch):
+    """As `compiled`; where the disk cache cannot be used, of which one line on stderr tells, the code stands for its path."""
+    code, lowered, trouble = _obtained(wanted, arch)
+    if trouble is not None and _told.setdefault(cache_folder(), mark := object()) is mark:
+        print(f"cupyq: {trouble}; until then every process compiles its kernels anew", file=sys.stderr, flush=True)
+    return code, lowered
+
+
+_locks: dict[Path, threading.Lock] = {}  # one per cache file, so that two threads never compile the same instance
+_in_memory: dict[Path, tuple[bytes, str, str]] = {}  # by the path where the disk cache would have it
+_told: dict[Path, object] = {}  # the folders of which somebody was told
+
+
+def _obtained(wanted, arch):
+    """(path, lowered name, None), or (code, lowered name, what is wrong) where the disk cache cannot be used."""
     code_path, name_path = _cache_paths(wanted, arch)
     with _locks.setdefault(code_path, threading.Lock()):
-        lowered = _cached_name(code_path, name_path)
-        if lowered is None:
-            with announced(f"compiling {wanted} for {arch} (first use only)"):
-                code, lowered, _ = compile_instance(wanted, arch)
-            # The code file comes last: where it stands, so does the name.
-            _write_atomically(name_path, lowered.encode())
-            _write_atomically(code_path, code)
-        return code_path, lowered
+        if code_path in _in_memory:
+            return _in_memory[code_path]
+        lowered = trouble = None
+        try:
+            lowered = _cached_name(code_path, name_path)
+        except _CacheError as error:
+            trouble = str(error)
+        if lowered is not None:
+            return code_path, lowered, None
+        with announced(f"compiling {wanted} for {arch} (first use only)"):
+            code, lowered, _ = compile_instance(wanted, arch)
+        if trouble is None:
+            try:
+                # The code file comes last: where it stands, so does the name.
+                _write_atomically(name_path, lowered.encode())
+                _write_atomically(code_path, code)
+                return code_path, lowered, None
+            except _CacheError as error:
+                trouble = str(error)
+        _in_memory[code_path] = code, lowered, trouble
+        return _in_memory[code_path]
+
+
+def _is_missing(wanted, arch):
+    paths = _cache_paths(wanted, arch)
+    try:
+        return paths[0] not in _in_memory and _cached_name(*paths) is None
+    except _CacheError:
+        return True
 
 
 def compile_all(instances, arch, label="compiling kernels"):
     """Compile all instances that the cache lacks, in parallel. Returns how many were compiled."""
-    missing = [wanted for wanted in dict.fromkeys(instances) if _cached_name(*_cache_paths(wanted, arch)) is None]
+    missing = [wanted for wanted in dict.fromkeys(instances) if _is_missing(wanted, arch)]
     if not missing:
         return 0
     with (
         announced(f"{label}: {len(missing)} for {arch} (first use only)"),
         ThreadPoolExecutor(os.process_cpu_count() if hasattr(os, "process_cpu_count") else os.cpu_count()) as pool,
     ):
-        list(pool.map(lambda wanted: compiled(wanted, arch), missing))
+        list(pool.map(lambda wanted: loadable(wanted, arch), missing))
     return len(missing)
 
 
@@ -313,13 +356,31 @@ def _new_layout(wanted, kinds, arguments):
     return layout
 
 
+class _FromMemory:
+    """What RawModule gives for a file, of code that is in none: on the current device."""
+
+    def __init__(self, code, lowered):
+        self._cuda = _arrays.require_cupy().cuda
+        module = self._cuda.function.Module()
+        module.load(code)
+        self.kernel = module.get_function(lowered)
+
+    def _allow_shared_bytes(self, size):
+        driver = self._cuda.driver
+        driver.funcSetAttribute(self.kernel.ptr, driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, size)
+
+    max_dynamic_shared_size_bytes = property(fset=_allow_shared_bytes)
+
+
 class _Loaded:
     """A kernel on one device: what a launch needs to know of it."""
 
     def __init__(self, wanted, arch):
-        code_path, lowered = compiled(wanted, arch)
-        # CuPy loads it into the current device when its address is asked for.
-        self.kernel = _arrays.require_cupy().RawModule(path=str(code_path)).get_function(lowered)
+        code, lowered = loadable(wanted, arch)
+        if isinstance(code, bytes):
+            self.kernel = _FromMemory(code, lowered)
+        else:  # CuPy loads it into the current device when its address is asked for
+            self.kernel = _arrays.require_cupy().RawModule(path=str(code)).get_function(lowered)
         self.address = self.kernel.kernel.ptr
         self.is_overlap_aware = _is_overlap_allowed(arch) and is_overlap_aware(wanted.file)
         self.shared_bytes = 0  # dynamic shared memory it may ask for, beyond what the driver allows without being asked
@@ -352,6 +413,7 @@ def _launch_here(wanted, device_id, layout, grid, block, values, shared_bytes, c
     stream = cuda.get_current_stream(device_id).ptr
     queue = _queues.get((device_id, stream))
     if queue is None:
+        _fork.refuse()
         queue = _queues.setdefault((device_id, stream), _launch.Queue(stream))
     with queue.lock:
         overlaps = queue.is_overlap_aware and kernel.is_overlap_aware
@@ -405,7 +467,26 @@ def is_overlap_aware(file):
     return False
 
 
+def forget_stream(device_id, stream):
+    """Drop what is kept for launches on a stream that is about to be destroyed."""
+    _queues.pop((device_id, stream), None)
+
+
 def forget_loaded():
     """Drop the kernels loaded by this process (the disk cache stays): for tests and for timing cold starts."""
     _loaded.clear()
     _queues.clear()
+    _in_memory.clear()
+    _told.clear()
+
+
+def _after_fork():
+    """In the child nobody is left to let go of the locks that other threads held."""
+    global _announcing
+    _announcing = threading.Lock()
+    _locks.clear()
+    _queues.clear()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
+    os.register_at_fork(after_in_child=_after_fork)

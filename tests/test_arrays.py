@@ -17,8 +17,8 @@ from cupyq._arrays import (
     namespace,
     output,
     refuse_partial_overlap,
-    to_host,
 )
+from cupyq._copies import to_host
 from cupyq.ops._common import access_width, vector_width
 from cupyq.ops.norm import rms_norm
 

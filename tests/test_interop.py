@@ -276,15 +276,18 @@ def test_arrays_of_numba_on_a_stream_of_its_own_are_in_order(numba, cupy):
     stream, expected = numba.stream(), expected_bits("rms_norm")[0]
     weight = on_framework("numba", NORM["weight"])
     ops.rms_norm(on_framework("numba", NORM["x"]), weight)  # loads the kernel
-    pinned = numba.pinned_array(NORM["x"].shape, float16)
-    pinned[...] = NORM["x"]
+    values = cupy.asarray(NORM["x"])
+    cupy.cuda.Device().synchronize()
     for _ in range(5):
-        x = numba.device_array(pinned.shape, pinned.dtype, stream=stream)
-        with cupy.cuda.Stream.from_external(_arrays._StreamHandle(int(stream))):
+        x = numba.device_array(values.shape, values.dtype, stream=stream)
+        place = x.__cuda_array_interface__["data"][0]
+        with (its := cupy.cuda.Stream.from_external(_arrays._StreamHandle(int(stream)))):
             spin(cupy, 20)
-        x.copy_to_device(pinned, stream=stream)
+        # What Numba copies from the host it waits for.
+        cupy.cuda.runtime.memcpyAsync(place, values.data.ptr, values.nbytes, cupy.cuda.runtime.memcpyDeviceToDevice, its.ptr)
+        assert not its.done
         result = ops.rms_norm(x, weight)
-        assert not cupy.cuda.Stream.from_external(_arrays._StreamHandle(int(stream))).done
+        assert not its.done
         assert package(result) == "numba" and same_bits(result.copy_to_host(), expected)
 
 
@@ -432,7 +435,7 @@ import cupy, torch, cupyq
 from cupyq import interop
 
 def drawn():
-    decoder = model.decoder(batch=1, max_len=32)
+    decoder = model.decoder(batch=1, max_len=32, seed=5)
     first = decoder.start([[1, 2, 3]])
     return [*first.get().tolist(), *decoder.run(8).get()[0].tolist()], decoder
 

@@ -5,10 +5,12 @@ import ctypes
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -389,23 +391,127 @@ def test_a_failed_write_leaves_no_temporary_file(sources, cache, monkeypatch):
 def test_a_cache_that_cannot_be_written_is_explained(sources, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("not a folder")
     monkeypatch.setenv("CUPYQ_CACHE_DIR", str(tmp_path / "file" / "cache"))
-    for call in (lambda: compiled(WANTED, "sm_80"), lambda: compile_all([WANTED], "sm_80")):
-        with pytest.raises(BackendError, match="kernel cache") as error:
-            call()
-        assert str(tmp_path / "file" / "cache") in one_line(error) and "CUPYQ_CACHE_DIR" in one_line(error)
+    with pytest.raises(BackendError, match="kernel cache") as error:
+        compiled(WANTED, "sm_80")
+    assert str(tmp_path / "file" / "cache") in one_line(error) and "CUPYQ_CACHE_DIR" in one_line(error)
 
 
-def test_a_cache_that_cannot_be_read_is_explained(sources, cache, monkeypatch):
-    """As another user's folder would be; a test that runs as root can read them all."""
+def deny_reading(cache, monkeypatch):
+    """As in another user's folder; a test that runs as root can read them all."""
 
     def denied(path, **options):
         raise PermissionError(13, "Permission denied")
 
     _kernels._cache_paths(WANTED, "sm_80")
     monkeypatch.setattr(type(cache), "stat", denied)
-    with pytest.raises(BackendError, match="Permission denied") as error:
+    return "Permission denied"
+
+
+def test_a_cache_that_cannot_be_read_is_explained(sources, cache, monkeypatch):
+    reason = deny_reading(cache, monkeypatch)
+    with pytest.raises(BackendError, match=reason) as error:
         compiled(WANTED, "sm_80")
     assert "CUPYQ_CACHE_DIR" in one_line(error)
+
+
+# What may be wrong with a cache; each does it and returns what is said of it.
+
+
+def read_only(cache, monkeypatch):
+    """Root may write to folders of any mode: so this refuses what a mode would refuse others."""
+
+    def refused(path, data):
+        raise OSError(30, "Read-only file system")
+
+    cache.mkdir()
+    monkeypatch.setattr(type(cache), "write_bytes", refused)
+    return "Read-only file system"
+
+
+def full_when_written(cache, monkeypatch):
+    """What is written goes to a device that is always full."""
+    cache.mkdir()
+    monkeypatch.setattr(type(cache), "write_bytes", lambda path, data: Path("/dev/full").open("wb", 0).write(data))
+    return "No space left on device"
+
+
+def full_after_the_name(cache, monkeypatch):
+    """The name of a kernel still fits, its code does not."""
+    cache.mkdir()
+    real = type(cache).write_bytes
+
+    def write(path, data):
+        if ".name" in path.name:
+            return real(path, data)
+        real(path, data[:100])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(type(cache), "write_bytes", write)
+    return "No space left on device"
+
+
+def file_in_its_place(cache, monkeypatch):
+    cache.write_text("not a folder")
+    return "File exists|Not a directory"
+
+
+def said_of_the_cache(text):
+    """The one line about it; compiling may take long enough to be announced as well."""
+    (line,) = (line for line in text.splitlines() if "kernel cache" in line)
+    return line
+
+
+@pytest.mark.parametrize("trouble", [read_only, full_when_written, full_after_the_name, file_in_its_place, deny_reading])
+def test_without_a_cache_kernels_are_compiled_in_memory(sources, cache, compilations, monkeypatch, capsys, trouble):
+    """Once in a process, with one line that says so however many kernels there are."""
+    others = [instance("scale", np.float32, i) for i in (3, 4)]
+    whole = [compile_instance(wanted, "sm_80")[:2] for wanted in (WANTED, *others)]
+    reason = trouble(cache, monkeypatch)
+    assert compile_all([WANTED, others[0]], "sm_80") == 2
+    assert [_kernels.loadable(wanted, "sm_80") for wanted in (WANTED, *others)] == whole
+    assert [_kernels.loadable(wanted, "sm_80") for wanted in (WANTED, *others)] == whole
+    assert compile_all([WANTED, *others], "sm_80") == 0
+    assert sorted(compilations) == sorted((wanted, "sm_80") for wanted in (WANTED, *others))
+    line = said_of_the_cache(capsys.readouterr().err)
+    assert re.fullmatch(
+        rf"cupyq: cannot (read|write to) the kernel cache {cache} \(({reason})\); set CUPYQ_CACHE_DIR to a (writable folder|"
+        "folder of your own); until then every process compiles its kernels anew",
+        line,
+    )
+    if trouble is full_after_the_name:
+        assert {path.suffix for path in cache.iterdir()} == {".name"}
+        monkeypatch.undo()  # and where there is room again, another process finds no half of a kernel
+        _kernels.forget_loaded()
+        monkeypatch.setattr(_kernels, "SOURCE_FOLDER", sources)
+        monkeypatch.setenv("CUPYQ_CACHE_DIR", str(cache))
+        path, lowered = compiled(WANTED, "sm_80")
+        assert (path.read_bytes(), lowered) == whole[0]
+
+
+def test_a_kernel_is_loaded_from_memory(driver, monkeypatch):
+    """With what a launch sets on it; by CuPy's own classes, which ask the driver."""
+    import cupy
+
+    seen = []
+
+    class Module:
+        def load(self, code):
+            seen.append(code)
+
+        def get_function(self, name):
+            seen.append(name)
+            return SimpleNamespace(ptr=77)
+
+    monkeypatch.setattr(_kernels, "loadable", lambda wanted, arch: (b"code", "lowered"))
+    monkeypatch.setattr(cupy.cuda.function, "Module", Module)
+    fake = SimpleNamespace(
+        CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES=8, funcSetAttribute=lambda *arguments: seen.append(arguments)
+    )
+    monkeypatch.setattr(cupy.cuda, "driver", fake)
+    for _ in range(2):
+        _kernels.launch(WANTED, (1,), (32,), (fake_array(4),), 60_000)
+    assert seen == [b"code", "lowered", (77, 8, 60_000)]
+    assert [launched[0] for launched in driver.launched] == [77, 77]
 
 
 def test_many_processes_fill_one_cache(sources, cache):
@@ -427,6 +533,59 @@ print(sorted(name for _, name in (_kernels.compiled(w, "sm_80") for w in wanted)
     assert len(list(cache.glob("*.cubin"))) == len(list(cache.glob("*.name"))) == 6
     assert list(cache.glob(".*")) == []
     assert all(path.read_bytes()[:4] == b"\x7fELF" for path in cache.glob("*.cubin"))
+
+
+def run_with_sources(sources, cache, code, **options):
+    """A process that fills `cache` with kernels of `sources`."""
+    code = f"from pathlib import Path\nfrom cupyq import _kernels\n_kernels.SOURCE_FOLDER = Path({str(sources)!r})\n{code}"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUPYQ_CACHE_DIR": str(cache)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-c", code], env=environment, **pipes, **options)
+
+
+LISTED = """
+wanted = [_kernels.instance("scale", "float", i) for i in range(24)]
+print("begins", flush=True)
+print(_kernels.compile_all(wanted, "sm_80"), sum("scale" in _kernels.compiled(w, "sm_80")[1] for w in wanted))
+"""
+
+
+def test_a_process_killed_amid_compiling_leaves_a_cache_that_works(sources, cache):
+    """Killed at several moments, at least one of which finds it at work; the next one has what is whole and does the rest."""
+    for _ in range(8):
+        process = run_with_sources(sources, cache, LISTED)
+        assert process.stdout.readline() == "begins\n"
+        while process.poll() is None and not list(cache.glob("*")):  # .name, .cubin or what will be renamed
+            time.sleep(0.0005)
+        process.kill()
+        rest = process.communicate(timeout=60)[0]
+        if process.returncode == -signal.SIGKILL and rest == "":
+            break
+        shutil.rmtree(cache)
+    assert process.returncode == -signal.SIGKILL and rest == ""
+    whole = {path.name for path in cache.glob("*.cubin")}
+    assert all(
+        path.read_bytes()[:4] == b"\x7fELF" and path.with_suffix(".name").stat().st_size for path in cache.glob("*.cubin")
+    )
+    process = run_with_sources(sources, cache, LISTED)
+    output, errors = process.communicate(timeout=120)
+    assert output.split() == ["begins", str(24 - len(whole)), "24"] and "kernel cache" not in errors
+    assert len(list(cache.glob("*.cubin"))) == 24
+
+
+def test_a_limit_on_the_size_of_files_is_as_a_full_disk(sources, cache):
+    """Here the system itself cuts the writing short: after 64 bytes, of which names have fewer and code has more."""
+    code = """
+import resource, signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64))
+wanted = [_kernels.instance("scale", "float", i) for i in range(3)]
+print(_kernels.compile_all(wanted, "sm_80"), {_kernels.loadable(w, "sm_80")[0][1:4] for w in wanted})
+"""
+    output, errors = run_with_sources(sources, cache, code).communicate(timeout=120)
+    assert output == "3 {b'ELF'}\n"
+    assert "File too large" in said_of_the_cache(errors)
+    assert list(cache.glob("*.cubin")) == [] and list(cache.glob(".*")) == []
 
 
 def test_threads_compile_an_instance_once(sources, cache, compilations):
@@ -604,7 +763,7 @@ def driver(monkeypatch):
         fake.contexts += 1
 
     monkeypatch.setattr(_launch, "driver", lambda: fake)
-    monkeypatch.setattr(_kernels, "compiled", lambda wanted, arch: ("path", str(wanted)))
+    monkeypatch.setattr(_kernels, "loadable", lambda wanted, arch: ("path", str(wanted)))
     monkeypatch.setattr(_device, "info", lambda number: SimpleNamespace(arch=fake.arch))
     monkeypatch.setattr(cupy, "RawModule", lambda path: SimpleNamespace(get_function=Kernel))
     monkeypatch.setattr(cupy.cuda, "Device", device)
@@ -1177,6 +1336,16 @@ def test_two_streams_do_not_wait_for_each_other(loaded, cupy):
     cupy.cuda.runtime.deviceSynchronize()
     for count, y in zip((1000, 500), ys, strict=True):
         np.testing.assert_array_equal(y.get(), np.where(np.arange(1000) < count, 6.0**15, 1).astype(np.float32))
+
+
+@pytest.mark.gpu
+def test_a_kernel_from_memory_runs(loaded, cupy, cache, monkeypatch, capsys):
+    read_only(cache, monkeypatch)
+    y = cupy.ones(1000, dtype=cupy.float32)
+    _kernels.launch(WANTED, (4,), (256,), (y, np.int32(900)))
+    _kernels.launch(WANTED, (4,), (256,), (y, np.int32(1000)), 60_000)  # more shared memory than is given unasked
+    np.testing.assert_array_equal(y.get(), np.where(np.arange(1000) < 900, 36, 6).astype(np.float32))
+    assert list(cache.iterdir()) == [] and "Read-only file system" in said_of_the_cache(capsys.readouterr().err)
 
 
 @pytest.mark.gpu

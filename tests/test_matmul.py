@@ -274,6 +274,24 @@ def test_every_stream_has_a_workspace_and_every_thread_a_handle(blas):
     assert set(blas.math_modes.values()) == {16}  # CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION
 
 
+def test_the_workspace_of_a_stream_goes_with_it(blas):
+    """A stream may get the address of one that is gone: cuBLAS must not write into what was that one's workspace."""
+    blas.stream = 7
+    multiply_once(blas)
+    old = module._workspaces[0, 7]
+    module.forget_stream(0, 7)
+    module.forget_stream(0, 8)  # on which nothing was multiplied
+    assert module._workspaces == {}
+    assert module._this_thread.blas[0]._workspace is old  # which cuBLAS may write to still
+    del blas.calls[:]
+    multiply_once(blas)
+    multiply_once(blas)
+    assert [call[0] for call in blas.calls] == ["stream", "workspace", "gemm", "gemm"]
+    new = module._workspaces[0, 7]
+    assert new is module._this_thread.blas[0]._workspace is not old
+    assert blas.calls[1][2] == new.data.ptr != old.data.ptr
+
+
 @pytest.mark.parametrize(
     ("step", "says"),
     [

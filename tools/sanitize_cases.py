@@ -1,10 +1,17 @@
 """Small, odd-sized calls of every op on the GPU, for compute-sanitizer: `make sanitize`.
 
+    python tools/sanitize_cases.py                    everything
+    python tools/sanitize_cases.py norms quantized    some of it, so that several processes can share it
+    python tools/sanitize_cases.py --compile          only compile what is launched, in parallel: without a sanitizer, first
+
 Values are checked by the tests; here the sanitizer watches for accesses out of bounds, races between threads, reads of
 memory nobody wrote, and barriers not all threads reach. Each array gets an allocation of its own, as a pool would hide
-a step past its end.
+a step past its end. The last lines tell which kernels were launched in how many variants, and name those that were not.
 """
 
+import contextlib
+import importlib
+import itertools
 import sys
 from pathlib import Path
 
@@ -12,10 +19,13 @@ import cupy
 import numpy as np
 
 import cupyq
-from cupyq import ops
+from cupyq import _device, _kernels, cli, ops
 from cupyq._arrays import FLOATS, bfloat16
+from cupyq.bench.random_matrices import MIXTURES, Words, parse_kind, random_tensors
 from cupyq.formats import kv_cache
 from cupyq.formats.safetensors import Checkpoint
+from cupyq.generate import SamplerSettings
+from cupyq.serve import Generator, Job, NGramDraft
 
 MODELS = Path(__file__).parent.parent / "examples/models"
 
@@ -236,16 +246,218 @@ def quantized():
                         ops.qmatmul_grouped(array(rows, k, dtype=dtype), experts, groups)
 
 
-CASES = (norms, elementwise, positions, attentions, routing_and_sampling, quantizing, adapters, caches)
+def late(*shape, dtype=np.float32):
+    """An array that begins one element late, so that its rows are taken element by element."""
+    return array(int(np.prod(shape)) + 1, dtype=dtype)[1:].reshape(shape)
+
+
+def mixtures(dtype):
+    """Arrays of several dtypes in one call, arrays that begin late, long rows, and other ids."""
+    for other, dim in itertools.product(FLOATS, (97, 640, 4096, 8192)):
+        x, weight, order = array(3, dim, dtype=dtype), array(dim, dtype=other), integers(dim + 1, 64)
+        for result in FLOATS:
+            for norm in (ops.rms_norm, ops.layer_norm):
+                norm(x, weight, dtype=result)
+                norm(x, weight, dtype=result, order=order)
+        ops.add(x, array(3, dim, dtype=other))
+        ops.add_weighted(x, array(3, dim, dtype=other), array(3))
+    for other in FLOATS:
+        ops.matmul(array(3, 40, dtype=dtype), array(40, 24, dtype=dtype), bias=array(24, dtype=other), dtype=np.float32)
+        ops.matmul(array(3, 40, dtype=dtype), array(40, 24, dtype=dtype), bias=array(24, dtype=other))
+        for dim in (64, 33):
+            ops.embedding(integers(9, 4).astype(np.int64), array(9, dim, dtype=dtype), dtype=other, scale=1.5)
+            ops.embedding(integers(11, 4) - 1, array(9, dim, dtype=dtype), dtype=other)
+    x, y = late(3, 128, dtype=dtype), late(3, 128, dtype=dtype)
+    ops.rms_norm(x, late(128, dtype=dtype))
+    ops.layer_norm(x, late(128, dtype=dtype))
+    ops.head_norm(x, late(128, dtype=dtype))
+    ops.add(x, y)
+    ops.hadamard(x, 128)
+    ops.hadamard(array(2, 4096, dtype=dtype), 4096)
+    ops.lora(y, x, late(128, 24, dtype=dtype), late(24, 128, dtype=dtype), integers(2, 24), array(1, 2))
+    for rows, ranks in ((3, 64), (40, 64)):
+        x, a, b = array(rows, 256, dtype=dtype), array(256, ranks, dtype=dtype), array(ranks, 128, dtype=dtype)
+        for result in (np.float32, dtype):
+            ops.lora(array(rows, 128, dtype=result), x, a, b, integers(2, ranks), array(1, 2))
+    for gate, up in ((array(3, 1024, dtype=dtype), array(3, 1024, dtype=dtype)), (y, late(3, 128, dtype=dtype))):
+        for approximate in ("none", "tanh"):
+            ops.gelu(gate, approximate=approximate)
+            ops.gelu_mul(gate, up, approximate=approximate)
+        ops.silu_mul(gate, up)
+        ops.softcap(gate, 30.0)
+    for experts in (33, 64, 128, 256):
+        ops.route(array(5, experts, dtype=dtype), 3)
+    sin, cos, start = (array(64, 32, dtype=np.float16) for _ in range(2)), None, integers(9, 2)
+    sin, cos = sin
+    for style in ("neox", "gptj"):
+        ops.rope(array(2, 3, 5, 64, dtype=dtype), sin, cos, start, style=style)
+        ops.rope(late(2, 3, 5, 64, dtype=dtype), sin, cos, start, style=style)
+    k, caches = late(2, 3, 2, 40, dtype=dtype), [late(2, 16, 2, 40, dtype=dtype) for _ in range(2)]
+    ops.kv_append(k, late(2, 3, 2, 40, dtype=dtype), *caches, start)
+    for head_dim in (2, 6, 12):  # which end at multiples of 4, 12 or 24 bytes
+        k, v = array(2, 3, 1, head_dim, dtype=dtype), array(2, 3, 1, head_dim, dtype=dtype)
+        ops.kv_append(k, v, array(2, 16, 1, head_dim, dtype=dtype), array(2, 16, 1, head_dim, dtype=dtype), start)
+    for page in (3, 12):
+        ops.cache_rotate(array(7, page, dtype=dtype), cupy.asarray(np.array([6, 0, 7, 3, 5, 4], np.int32)))
+    for vocabulary in (70_000, 151_936):  # rows that several thread blocks share
+        workspace = cupy.empty(ops.sample_workspace_size(2, vocabulary), np.uint8)
+        logits = array(2, vocabulary, dtype=dtype)
+        for settings in ({"temperature": 0.0}, {"top_k": 50, "top_p": 0.9}, {"min_p": 0.01}):
+            ops.sample(logits, **settings, seed=np.arange(2), workspace=workspace)
+
+
+@contextlib.contextmanager
+def before_hopper():
+    """On Hopper too, the kernels that older GPUs take."""
+    modules = [importlib.import_module(f"cupyq.ops.{name}") for name in ("attention", "qmatmul")]
+    for module in modules:
+        real = module.pick_kernel
+        module.pick_kernel = lambda *given, real=real: real(*("sm_89" if isinstance(a, str) else a for a in given))
+        module.pick_kernel.real = real
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.pick_kernel = module.pick_kernel.real
+
+
+def codes(dtype):
+    """Caches of codes of every kind and arrays: appending, one query and many, few items and more than a GPU has places."""
+    kinds = [(kind, kind) for kind in kv_cache.KINDS] + [("q8", "q4"), (None, "e4m3"), ("q8", None), (None, None)]
+    start, table = integers(5, 2), cupy.asarray(np.array([[4, 0, 7, 3], [1, 5, -1, 2]], np.int32))
+    norm, sin, cos = array(128, dtype=dtype), array(64, 64), array(64, 64)
+
+    def cache(kind, *shape):
+        return array(*shape, dtype=dtype) if kind is None else ops.CacheCodes.zeros(cupy, shape, kind)
+
+    for pair, head_dim in itertools.product(kinds, (64, 128)):
+        pages = [cache(kind, 8, 16, 2, head_dim) for kind in pair]
+        k, v = array(2, 3, 2, head_dim, dtype=dtype), array(2, 3, 2, head_dim, dtype=dtype)
+        ops.kv_append(k, v, *pages, start, block_table=table)
+        ops.kv_append(late(2, 3, 2, head_dim, dtype=dtype), v, *pages, start)
+        for style, heads in itertools.product(("neox", "gptj"), (4, 5)):
+            qkv, tables = array(2, 3, (heads + 4) * head_dim, dtype=dtype), [t[:, : head_dim // 2].copy() for t in (sin, cos)]
+            norms = {"q_norm": norm[:head_dim], "k_norm": norm[:head_dim]} if heads == 4 else {}
+            ops.qkv_append(qkv, *pages, *tables, start, heads=heads, style=style, block_table=table, **norms)
+        if dtype == np.float32 and pair != (None, None):
+            continue  # attention takes codes with 16-bit queries alone
+        lengths = cupy.asarray(np.array([61, 33], np.int32))
+        few = [cache(kind, 8, 4, 2, head_dim) for kind in pair]  # tokens a page, below what the copy engine takes
+        few_table = cupy.asarray(np.stack([np.arange(8), np.arange(8)[::-1]]).astype(np.int32))
+        for seq in (1, 9, 30):
+            queries = array(2, seq, 6, head_dim, dtype=dtype)
+            ops.attention(queries, *pages, kv_lengths=lengths, block_table=table)
+            ops.attention(queries, *pages, kv_lengths=lengths, block_table=table, softcap=20.0, window=20)
+            ops.attention(queries, *few, kv_lengths=lengths // 2, block_table=few_table)
+        with before_hopper():
+            ops.attention(array(2, 30, 6, head_dim, dtype=dtype), *pages, kv_lengths=lengths, block_table=table)
+        many = [cache(kind, 150, 40, 2, head_dim) for kind in pair]
+        ops.attention(array(150, 1, 4, head_dim, dtype=dtype), *many, kv_lengths=integers(40, 150) + 1)
+    for head_dim in (32, 96, 256):
+        k, v = array(2, 70, 2, head_dim, dtype=dtype), array(2, 70, 2, head_dim, dtype=dtype)
+        for seq, softcap in ((1, None), (40, None), (40, 15.0)):
+            ops.attention(array(2, seq, 6, head_dim, dtype=dtype), k, v, softcap=softcap)
+    x, packed = late(6, 7, 2, 64, dtype=np.float16), {}
+    for kind in kv_cache.KINDS:
+        packed = cupy.zeros(kv_cache.code_shape(x.shape, kind), np.uint8)
+        scales = None if kind == "fp8" else cupy.zeros(kv_cache.scale_shape(x.shape, kind), np.float16)
+        ops.kv_encode(x, packed, scales, kind=kind, start=1, width=5)
+        ops.kv_decode(packed, scales, x, kind=kind, start=0, width=6, rows=5)
+
+
+def widths():
+    """Every width and kind of quantized matrix, biases of every dtype; rows for each kind of thread block."""
+    words, seed = Words(cupy, 1 << 17), itertools.count()
+    for kind in (*"234568", "4-g32", next(iter(MIXTURES)), "gptq-g32", "gptq8-g128", "gptq2-g64", "gptq-act"):
+        for k, n, bias in ((256, 160, np.float16), (256, 160, bfloat16), (256, 160, np.float32), (1024, 128, None)):
+            if bias not in (np.float16, None) and "gptq" not in kind:
+                continue  # EXL2 has them in float16
+            tensors = random_tensors(parse_kind(kind), k, n, words, cupy, next(seed))
+            tensors |= {} if bias is None else {"bias": array(n, dtype=bias)}
+            q = cupyq.QMatrix.from_tensors({name: cupy.asarray(value) for name, value in tensors.items()})
+            ops.reconstruct(q)
+            for rows, dtype in itertools.product((1, 8, 16, 32, 65, 130), (np.float16, bfloat16)):
+                x = array(rows, k, dtype=dtype)
+                ops.qmatmul(x, q)
+                ops.qmatmul(x, q, dtype=np.float32)
+                if bias is None:
+                    ops.qmatmul(x, q, before=ops.InputNorm(array(k), 1e-6, dtype))
+                    ops.qmatmul(array(rows, 2 * k, dtype=dtype), q, before=ops.InputGate())
+            with before_hopper():
+                for rows, dtype in itertools.product((32, 64, 65), (np.float16, bfloat16)):
+                    ops.qmatmul(array(rows, k, dtype=dtype), q)
+
+
+def models():
+    """Whole models: prompts, steps by graphs and launch by launch, every kind of cache, a generator whose jobs come and go."""
+    ids = [rng.integers(2, 1000, 21).tolist() for _ in range(2)]
+    rich = SamplerSettings(temperature=0.9, top_k=40, min_p=0.01, repetition_penalty=1.1, dry_multiplier=0.5, tfs=0.99)
+    for name, dtype in itertools.product(("exl2-2.5", "exl2-4.0", "gptq-g32"), ("float16", "bfloat16")):
+        model = cupyq.load_model(MODELS / f"shakespeare-{name}", "cupy", dtype=dtype)
+        model.forward(ids)
+        for kind in ("fp16", *kv_cache.KINDS):
+            cache = model.new_cache(batch=2, capacity=40, kind=kind)
+            model.forward(ids, cache, last_only=True)
+            model.forward([[5], [6]], cache)
+        for kind, settings, graph in (("fp16", None, True), ("q8", rich, True), ("q4", SamplerSettings.greedy(), False)):
+            decoder = model.decoder(2, 32, cache=kind, seed=1, settings=settings, graph=graph)
+            decoder.start(ids)
+            decoder.run(3)
+        generator = Generator(model, cache_tokens=256, page_size=16, max_batch=4, chunk=32, cache="q6", draft=NGramDraft())
+        for number, text in enumerate((*ids, ids[0][:9] * 3, ids[1][:18])):
+            settings = rich if number % 2 else SamplerSettings.greedy()
+            generator.add(Job(text, max_new_tokens=4 + number, stop_tokens=[], seed=number, settings=settings))
+        for _ in generator:
+            pass
+
+
+CASES = (norms, elementwise, positions, attentions, routing_and_sampling, quantizing, adapters, caches, mixtures, codes)
+WHOLE = (quantized, widths, models)  # which choose their dtypes
+
+# Kernels that one GPU alone does not launch: what ranks exchange. Of the rest, one is for GPUs other than Hopper.
+OF_SEVERAL_GPUS = {"all_reduce_one_shot", "all_reduce_two_shot", "all_reduce_norm"}
+OF_HOPPER = {"attention_wgmma", "qmatmul_wgmma", "arrange_rows", "arrange_normed", "arrange_gated"}
+
+
+def coverage(launched, arch):
+    """Lines: how many variants of each kernel there were; and the kernels that should have been launched and were not."""
+    variants = {}
+    for wanted in launched:
+        variants.setdefault(wanted.expression.partition("<")[0], set()).add(wanted)
+    expected = {wanted.expression.partition("<")[0] for wanted in cli.all_instances()} - OF_SEVERAL_GPUS
+    if arch != "sm_90a":
+        expected -= OF_HOPPER
+    lines = [", ".join(f"{name} {len(found)}" for name, found in sorted(variants.items()))]
+    lines.append(f"{len(variants)} kernels in {sum(map(len, variants.values()))} variants")
+    return lines, sorted(expected - set(variants))
+
+
+def run(names):
+    """The cases of these names, or all."""
+    for case in (*CASES, *WHOLE):
+        if names and case.__name__ not in names:
+            continue
+        for dtype in FLOATS if case in CASES else (None,):
+            case(dtype) if case in CASES else case()
+            cupy.cuda.runtime.deviceSynchronize()
+            print(case.__name__, "" if dtype is None else np.dtype(dtype), flush=True)
+
+
+def main(names):
+    if names == ["--compile"]:
+        with _kernels.tracing() as wanted:  # models look after themselves
+            run([case.__name__ for case in (*CASES, *WHOLE) if case is not models])
+        count = _kernels.compile_all([instance for instance, _ in wanted], _device.current().arch)
+        print(f"{count} kernels compiled")
+        return 0
+    cupy.cuda.set_allocator(None)
+    run(names)
+    lines, missing = coverage({wanted for wanted, _ in _kernels._loaded}, _device.current().arch)
+    print(*lines, sep="\n")
+    if missing and not names:
+        print(f"never launched: {', '.join(missing)}")
+    return int(bool(missing) and not names)
+
 
 if __name__ == "__main__":
-    cupy.cuda.set_allocator(None)
-    for case in CASES:
-        for dtype in FLOATS:
-            case(dtype)
-            cupy.cuda.runtime.deviceSynchronize()
-            print(f"{case.__name__} {np.dtype(dtype)}", flush=True)
-    quantized()
-    cupy.cuda.runtime.deviceSynchronize()
-    print("quantized", flush=True)
-    sys.exit(0)
+    sys.exit(main(sys.argv[1:]))

@@ -8,7 +8,8 @@ from functools import partial
 import numpy as np
 
 from cupyq import _device
-from cupyq._arrays import require_cupy, to_host
+from cupyq._arrays import require_cupy
+from cupyq._copies import to_host
 from cupyq.bench.limits import read_gigabytes_per_s
 from cupyq.bench.model import step_bytes
 from cupyq.bench.random_matrices import Words

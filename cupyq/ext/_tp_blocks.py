@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 
 from cupyq import ops
-from cupyq._arrays import check, float16, float32, int32, is_cupy, to_host
+from cupyq._arrays import check, float16, float32, int32, is_cupy
+from cupyq._copies import to_host
 from cupyq.ext._arrays import entry, integer, number, refuse_any_overlap
 from cupyq.ext._handles import handles
 from cupyq.ext._rotation import Rotation

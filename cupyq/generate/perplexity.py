@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from cupyq._arrays import to_host
+from cupyq._copies import to_host
 from cupyq.generate.generator import check_ids
 
 _LOGITS_BYTES = 256 << 20  # float32 logits of one batch: bounds the copy to the host

@@ -3,11 +3,15 @@
 import contextlib
 import gc
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+
+from cupyq import _fork, _kernels
+from cupyq.ops.matmul import forget_stream
 
 
 class _Collecting:
@@ -59,11 +63,14 @@ class StreamQueue:
     has_graphs = True
 
     def __init__(self, xp: Any, device_id: int):
+        _fork.refuse()
         self.cuda, self.device_id = xp.cuda, device_id
         with self.cuda.Device(device_id):
             self.stream = self.cuda.Stream(non_blocking=True)
             self.pool = self.cuda.MemoryPool()
             self._event = self.cuda.Event(disable_timing=True)
+        # Before the stream goes: those of models that are long gone would keep workspaces of megabytes.
+        weakref.finalize(self, _forget_stream, device_id, self.stream.ptr).atexit = False
 
     def new_pool(self) -> Any:
         """Another pool of memory, for `entered`."""
@@ -75,6 +82,7 @@ class StreamQueue:
 
         Its memory comes from `pool`, else from the queue's own.
         """
+        _fork.refuse()
         malloc = (self.pool if pool is None else pool).malloc
         with self.cuda.Device(self.device_id):
             caller = self.cuda.get_current_stream()
@@ -109,6 +117,11 @@ class StreamQueue:
 
     def landing(self, batch: int) -> "_PinnedLanding":
         return _PinnedLanding(self, batch)
+
+
+def _forget_stream(device_id: int, stream: int) -> None:
+    _kernels.forget_stream(device_id, stream)
+    forget_stream(device_id, stream)
 
 
 class _HostLanding:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from cupyq._arrays import copy_values
+from cupyq._copies import copy_values
 from cupyq.ops._common import whole_number
 from cupyq.ops.advance import advance
 from cupyq.ops.penalties import PenaltyTable, penalize, penalize_workspace_size

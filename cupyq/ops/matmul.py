@@ -210,7 +210,8 @@ class _Blas:
             raise BackendError(f"cuBLAS cannot start on GPU {device_id}: {error}") from None
         self._owner = cupy.cuda.device.Handle(self._handle, cublas.destroy)  # destroys it when the thread ends
         cublas.setMathMode(self._handle, _DISALLOW_REDUCED_PRECISION_REDUCTION)
-        self._stream, self._device_id = None, device_id
+        self._device_id = device_id
+        self._workspace = None  # kept here too, for as long as cuBLAS may write there
         self.gemm = self._library.cublasGemmEx
 
     def handle_on(self, stream):
@@ -219,14 +220,15 @@ class _Blas:
         A workspace of the stream's own makes results the same on every run whatever other streams do ("Results
         Reproducibility" in NVIDIA's manual), and leaves nothing to allocate while a graph is captured.
         """
-        if stream != self._stream:
-            self._stream = None
+        workspace = _workspaces.get((self._device_id, stream))
+        if workspace is None or workspace is not self._workspace:
+            self._workspace = None
             if status := self._library.cublasSetStream_v2(self._handle, stream):
                 _fail(status, "change to the current stream")
             workspace = _workspace(self._device_id, stream)  # set after the stream, which resets it
             if status := self._library.cublasSetWorkspace_v2(self._handle, workspace.data.ptr, workspace.size):
                 _fail(status, "take a workspace")
-            self._stream = stream
+            self._workspace = workspace
         return self._handle
 
 
@@ -236,6 +238,11 @@ def _workspace(device_id, stream):
         size = (32 if arch_number(info(device_id).arch) >= 90 else 4) << 20  # as NVIDIA's manual recommends
         workspace = _workspaces.setdefault((device_id, stream), sys.modules["cupy"].empty(size, np.uint8))
     return workspace
+
+
+def forget_stream(device_id, stream):
+    """Give back what is kept for products on a stream that is about to be destroyed."""
+    _workspaces.pop((device_id, stream), None)
 
 
 @functools.cache

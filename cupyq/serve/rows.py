@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from cupyq._arrays import copy_values
+from cupyq._copies import copy_values
 from cupyq.models.sampler import SamplerSettings, penalize_arguments, sample_arguments, token_mask
 from cupyq.ops.advance import advance
 from cupyq.ops.penalties import PenaltyTable, penalize

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from cupyq._arrays import copy_values
+from cupyq._copies import copy_values
 from cupyq.ops._common import whole_number
 from cupyq.serve.engine import MOST_NEW, Engine, Landing
 from cupyq.serve.rows import Rows

@@ -9,7 +9,8 @@ import math
 
 import numpy as np
 
-from cupyq._arrays import FLOATS, bfloat16, check, float16, float32, int32, output, refuse_partial_overlap, to_host
+from cupyq._arrays import FLOATS, bfloat16, check, float16, float32, int32, output, refuse_partial_overlap
+from cupyq._copies import to_host
 from cupyq._kernels import is_tracing
 from cupyq.errors import BackendError
 from cupyq.ops._common import refuse_overlap

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from cupyq._arrays import to_host
+from cupyq._copies import to_host
 from cupyq._kernels import is_tracing
 from cupyq.layers import Linear
 from cupyq.layers.lora import LowRank
