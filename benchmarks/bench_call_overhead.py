@@ -119,24 +119,24 @@ def host_microseconds(call, options):
 
 def bare_launches(call):
     """What launches the kernels of call() again by cupy.RawKernel, and how many there are; None where one takes a structure."""
-    launched, inner = [], _kernels._launch_here
+    launched, inner = [], _kernels.launch_here
 
     def noting(wanted, device_id, layout, grid, block, values, shared_bytes, cuda):
         launched.append((wanted, device_id, layout, grid, block, tuple(values), shared_bytes))
         inner(wanted, device_id, layout, grid, block, values, shared_bytes, cuda)
 
-    _kernels._launch_here = noting
+    _kernels.launch_here = noting
     try:
         call()
     finally:
-        _kernels._launch_here = inner
+        _kernels.launch_here = inner
     if any(layout.structures for _, _, layout, *_ in launched):
         return None, len(launched)
     prepared = []
     for wanted, device_id, layout, grid, block, values, shared_bytes in launched:
         addresses = {*layout.arrays, *layout.nulls}
         arguments = tuple(np.uint64(v) if i in addresses else v for i, v in enumerate(values))
-        prepared.append((_kernels._loaded[wanted, device_id].kernel, grid, block, arguments, shared_bytes))
+        prepared.append((_kernels.loaded[wanted, device_id].kernel, grid, block, arguments, shared_bytes))
 
     def launch():
         for kernel, grid, block, arguments, shared_bytes in prepared:

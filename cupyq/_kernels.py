@@ -332,10 +332,10 @@ def launch(wanted, grid, block, arguments, shared_bytes=0):
         return
     cuda = sys.modules["cupy"].cuda
     if device_id == cuda.runtime.getDevice():
-        _launch_here(wanted, device_id, layout, grid, block, values, shared_bytes, cuda)
+        launch_here(wanted, device_id, layout, grid, block, values, shared_bytes, cuda)
     else:
         with cuda.Device(device_id):
-            _launch_here(wanted, device_id, layout, grid, block, values, shared_bytes, cuda)
+            launch_here(wanted, device_id, layout, grid, block, values, shared_bytes, cuda)
 
 
 _layouts: dict[tuple, _launch.Layout] = {}  # by the types of the arguments, and the sizes of structures if there are any
@@ -387,14 +387,14 @@ class _Loaded:
         self.layouts = set()  # those that fit its parameters
 
 
-_loaded: dict[tuple[Instance, int], _Loaded] = {}
+loaded: dict[tuple[Instance, int], _Loaded] = {}
 _queues: dict[tuple[int, int], _launch.Queue] = {}  # by device and stream
 
 
-def _launch_here(wanted, device_id, layout, grid, block, values, shared_bytes, cuda):
-    kernel = _loaded.get((wanted, device_id))
+def launch_here(wanted, device_id, layout, grid, block, values, shared_bytes, cuda):
+    kernel = loaded.get((wanted, device_id))
     if kernel is None:
-        kernel = _loaded.setdefault((wanted, device_id), _Loaded(wanted, _device.info(device_id).arch))
+        kernel = loaded.setdefault((wanted, device_id), _Loaded(wanted, _device.info(device_id).arch))
     # Without being asked, the driver allows 48 KiB, of which a kernel's static arrays take their share.
     if shared_bytes > kernel.shared_bytes:
         try:
@@ -474,7 +474,7 @@ def forget_stream(device_id, stream):
 
 def forget_loaded():
     """Drop the kernels loaded by this process (the disk cache stays): for tests and for timing cold starts."""
-    _loaded.clear()
+    loaded.clear()
     _queues.clear()
     _in_memory.clear()
     _told.clear()

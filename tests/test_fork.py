@@ -109,7 +109,7 @@ begun.wait()
 _kernels.compile_instance = real
 assert _kernels._announcing.locked()
 def names():
-    with _kernels._announced("work"):
+    with _kernels.announced("work"):
         assert _kernels._announcing.locked()
     return _kernels.compiled(wanted, "sm_80")[0].suffix
 calls = {"compiled": names}

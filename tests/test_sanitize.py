@@ -92,5 +92,5 @@ def test_the_kernels_of_older_gpus_are_taken_where_that_is_asked_for(cupy):
     queries, keys = (sanitize_cases.array(1, 40, 2, 64, dtype="float16") for _ in range(2))
     with sanitize_cases.before_hopper():
         ops.attention(queries, keys, keys)
-    assert {wanted.file for wanted, _ in _kernels._loaded} == {"attention_prefill"}
+    assert {wanted.file for wanted, _ in _kernels.loaded} == {"attention_prefill"}
     _kernels.forget_loaded()

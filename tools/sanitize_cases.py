@@ -452,7 +452,7 @@ def main(names):
         return 0
     cupy.cuda.set_allocator(None)
     run(names)
-    lines, missing = coverage({wanted for wanted, _ in _kernels._loaded}, _device.current().arch)
+    lines, missing = coverage({wanted for wanted, _ in _kernels.loaded}, _device.current().arch)
     print(*lines, sep="\n")
     if missing and not names:
         print(f"never launched: {', '.join(missing)}")
