@@ -241,7 +241,7 @@ def test_a_step_on_a_side_stream_of_torch_is_queued_and_not_waited_for(torch, cu
         expected = expected.clone()
         late.zero_()
         torch.cuda.synchronize()
-        torch.cuda._sleep(400_000_000)  # clock cycles, about 0.2 s
+        torch.cuda._sleep(1_000_000_000)  # clock cycles, about 0.5 s
         late.copy_(x)
         result = step()
         done.record(stream)
@@ -261,7 +261,7 @@ def test_an_op_waits_for_the_stream_that_the_interface_names_and_the_host_does_n
     out = cupy.zeros_like(values)
     cupy.cuda.runtime.deviceSynchronize()
     with side:
-        spin(cupy)
+        spin(cupy, 500)  # longer than a busy machine keeps the host from its work
         late.data.copy_from_device_async(values.data, values.nbytes)
     with mine:
         ops.rms_norm(Interface(late, side.ptr), weight, out=out)
@@ -278,11 +278,11 @@ def test_arrays_of_numba_on_a_stream_of_its_own_are_in_order(numba, cupy):
     ops.rms_norm(on_framework("numba", NORM["x"]), weight)  # loads the kernel
     values = cupy.asarray(NORM["x"])
     cupy.cuda.Device().synchronize()
-    for _ in range(5):
+    for _ in range(2):
         x = numba.device_array(values.shape, values.dtype, stream=stream)
         place = x.__cuda_array_interface__["data"][0]
         with (its := cupy.cuda.Stream.from_external(_arrays._StreamHandle(int(stream)))):
-            spin(cupy, 20)
+            spin(cupy, 300)
         # What Numba copies from the host it waits for.
         cupy.cuda.runtime.memcpyAsync(place, values.data.ptr, values.nbytes, cupy.cuda.runtime.memcpyDeviceToDevice, its.ptr)
         assert not its.done

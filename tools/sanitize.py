@@ -129,7 +129,7 @@ def main(arguments=None):
     parser.add_argument("--tools", nargs="+", choices=TOOLS, default=TOOLS)
     parser.add_argument("--tests", action="store_true", help="test files as well, behind the cases")
     parser.add_argument("--only", nargs="+", metavar="PART", choices=(*CASES, *(f"test_{name}" for name in FILES)))
-    parser.add_argument("--jobs", type=int, default=max((os.cpu_count() or 2) - 2, 1), help="processes at a time")
+    parser.add_argument("--jobs", type=int, default=6, help="processes at a time, default 6: each takes up to 10 GB of the GPU")
     parser.add_argument("--minutes", type=float, default=8, help="after which a process is ended (default: 8)")
     options = parser.parse_args(arguments)
     options.logs.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from cupyq import _fork
 from cupyq._arrays import float32, is_cupy
 from cupyq.layers import DecoderLayer, KVCache, Linear, PagedKVCache, RMSNorm, Step
 from cupyq.layers.cache import check_cache_kind
@@ -368,6 +369,8 @@ class Model:
 
     def checked_ids(self, ids: Any) -> Any:
         """int32 [batch, seq] of this model's library, from what `forward` takes as ids."""
+        if self.xp is not np:
+            _fork.refuse()
         on_gpu = is_cupy(ids)
         if on_gpu and self.xp is np:
             raise TypeError("ids is a CuPy array and the model runs on NumPy: pass ids.get()")

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from cupyq import _fork
 from cupyq._copies import copy_values
 from cupyq.errors import UnsupportedError
 from cupyq.models.queues import HostQueue, StreamQueue
@@ -89,7 +90,10 @@ class Engine:
 
     def on_device(self) -> Any:
         """A context whose current device is the model's, in whichever thread."""
-        return contextlib.nullcontext() if self.xp is np else self.queue.cuda.Device(self.queue.device_id)
+        if self.xp is np:
+            return contextlib.nullcontext()
+        _fork.refuse()
+        return self.queue.cuda.Device(self.queue.device_id)
 
     def stepping(self) -> Any:
         """A context whose work is queued among the steps; its memory is of the usual pool."""
