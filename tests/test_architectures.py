@@ -236,7 +236,7 @@ def test_keys_of_text_config(tmp_path, loaded, folders, name):
     folder = write(tmp_path, name)
     (folder / "config.json").write_text(json.dumps(top | {"text_config": text, "eos_token_id": [5, 6]}))
     config = ModelConfig.from_file(folder)
-    assert config.eos_token_ids == (5, 6) and config.bos_token_id == 1 and not config.tie_word_embeddings
+    assert config.eos_token_ids == (5, 6) and not config.tie_word_embeddings
     assert np.array_equal(load_model(folder, "numpy").forward(IDS), loaded(name).forward(IDS))
 
 
