@@ -30,12 +30,19 @@ def test_a_short_run(mode, count, tmp_path, capsys):
     assert done == sorted(set(done))
 
 
+def fresh(size):
+    """Memory that was in no use before: what malloc gives may have been, and then nothing grows."""
+    values = np.frombuffer(mmap.mmap(-1, size), np.uint8)  # which keeps the pages
+    values.fill(1)
+    return values
+
+
 def test_a_leak_of_half_a_mebibyte_a_step_is_found(monkeypatch, capsys):
     kept = []
 
     def leaking(model_path, backend, count, every):
         for done in range(1, count + 1):
-            kept.append(np.ones(MIB // 2, np.uint8))
+            kept.append(fresh(MIB // 2))
             yield done
 
     monkeypatch.setitem(soak.MODES, "steps", leaking)
@@ -79,11 +86,9 @@ def test_too_few_samples_are_not_taken_for_good_ones():
 
 def test_memory_of_this_process_is_seen():
     before = soak.host_bytes()
-    with mmap.mmap(-1, 32 * MIB) as fresh:  # malloc might have memory that is in use already
-        values = np.frombuffer(fresh, np.uint8)
-        values.fill(1)
-        assert 30 * MIB < soak.host_bytes() - before < 40 * MIB
-        del values
+    held = fresh(32 * MIB)
+    assert 30 * MIB < soak.host_bytes() - before < 40 * MIB
+    del held
 
 
 @pytest.mark.gpu
