@@ -11,7 +11,6 @@ the op on CuPy arrays.
 
 import argparse
 import contextlib
-import json
 import os
 import sys
 import time
@@ -22,6 +21,7 @@ import cupy
 import numpy as np
 
 from cupyq import QMatrix, _device, _kernels, interop, ops
+from cupyq.bench.table import emit, number
 from cupyq.formats import exl2
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # JAX would take three quarters of the GPU's memory
@@ -193,14 +193,10 @@ def is_met(row):
 
 
 def report(row, lines):
-    def shown(value):
-        return f"{'-' if value is None else f'{value:.1f}':>8}"
-
     way, met = "given" if row["out"] else "new", {True: "met", False: "missed", None: ""}[row["is_met"]]
-    numbers = " ".join(shown(row[key]) for key in ("us", "bare_us", "beyond_us"))
+    numbers = " ".join(number(row[key], 8, 1) for key in ("us", "bare_us", "beyond_us"))
     text = f"{row['op']:<14} {row['library']:<13} {way:<6} {row['kernels']:>7} {numbers}  {row['goal'] or '':<20} {met}"
-    print(text.rstrip(), flush=True)
-    print(json.dumps(row), file=lines, flush=True)
+    emit(row, text.rstrip(), sys.stdout, lines)
 
 
 def main():

@@ -62,20 +62,8 @@ def command(tool, part):
     """What runs a part, a case or the stem of a test file, under a tool."""
     python = [sys.executable, "tools/sanitize_cases.py", part]
     if part.startswith("test_"):
-        python = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-m",
-            "gpu",
-            "--require-gpu",
-            "-p",
-            "no:cacheprovider",
-            "-p",
-            "sanitize",
-        ]
-        python += ["-k", f"not ({LEFT_OUT})", f"tests/{part}.py"]
+        options = "-q -m gpu --require-gpu -p no:cacheprovider -p sanitize".split()
+        python = [sys.executable, "-m", "pytest", *options, "-k", f"not ({LEFT_OUT})", f"tests/{part}.py"]
     # The driver is asked for parameters beyond a kernel's last one, and says no: an error of its API, and meant.
     return ["compute-sanitizer", "--tool", tool, "--report-api-errors", "no", "--error-exitcode", "9", *python]
 

@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 import cupyq  # noqa: E402
+from cupyq import _device  # noqa: E402
 from cupyq.generate import SamplerSettings  # noqa: E402
 from cupyq.serve import Generator, Job  # noqa: E402
 
@@ -143,19 +144,20 @@ def soak(mode, model_path=MODEL, backend="auto", count=None, every=None):
     """Run -> (what was run, samples): dicts of JSON."""
     count = COUNTS[mode] if count is None else count
     every = max(count // 200, 1) if every is None else every
-    on_gpu = backend == "cupy" or (backend == "auto" and cupyq._device.count() > 0)
+    backend = _device.choose_backend(backend)
+    on_gpu = backend == "cupy"
     about = {
         "soak": mode,
         "count": count,
         "model": Path(model_path).name,
-        "backend": "cupy" if on_gpu else "numpy",
-        "gpu": cupyq._device.current().name if on_gpu else None,
+        "backend": backend,
+        "gpu": _device.current().name if on_gpu else None,
         "cupyq": cupyq.__version__,
         "python": platform.python_version(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
     }
     samples, start, due = [], time.perf_counter(), every
-    for done in MODES[mode](model_path, about["backend"], count, every):
+    for done in MODES[mode](model_path, backend, count, every):
         if done >= due or done >= count:
             seconds = round(time.perf_counter() - start, 3)
             samples.append({"done": done, "seconds": seconds, **memory(on_gpu)})
