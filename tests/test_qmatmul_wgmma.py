@@ -68,7 +68,8 @@ def test_a_cut_takes_every_stage_once(m, ns, width_blocks):
             assert config.thread_blocks <= sm_count
             assert not config.is_shared or 2 * config.shared_items <= COUNTERS
             assert config.shared_bytes <= wgmma.SHARED_BYTES - 512
-            assert config.warpgroups_n == 2 or config.ring % 2 == 0
+            # The parities of its barriers tell too little apart in shorter rings.
+            assert config.ring >= 3 if config.warpgroups_n == 2 else config.ring >= 6 and config.ring % 2 == 0
 
 
 def test_large_products_keep_every_multiprocessor_busy():
@@ -172,12 +173,12 @@ def test_products_of_every_form(rows, warpgroups_n, dtype, instances, cupy):
     if instances is None:
         return
     rng = np.random.default_rng(3)
-    form = dict(rows=rows, warpgroups_n=warpgroups_n)
+    form, shortest = dict(rows=rows, warpgroups_n=warpgroups_n), 3 if warpgroups_n == 2 else 6
     tensors = random_exl2(rng, 480, 328, (4,), has_bias=True)  # an odd number of blocks, a part of a tile
     q, weight = on_gpu(cupy, tensors), exl2.dequantize_exl2(tensors)
     bias = tensors["bias"].astype(np.float64)
     cuts = ((1, 132, dict(waves=0, runs=1)), (130, 132, dict(waves=0, runs=2)), (300, 5, dict(waves=0, runs=None)))
-    for m, sm_count, choices in (*cuts, (500, 3, dict(waves=1, runs=None)), (500, 2, dict(waves=0, runs=None, ring=4))):
+    for m, sm_count, choices in (*cuts, (500, 3, dict(waves=1, runs=None)), (500, 2, dict(waves=0, runs=None, ring=shortest))):
         config = cut(q, m, sm_count, **form, **choices)
         x = rng.standard_normal((m, 480)).astype(np.float32).astype(dtype)
         check_product(product(cupy, q, x, config), x, weight, bias)

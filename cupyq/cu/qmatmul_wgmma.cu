@@ -230,42 +230,45 @@ __global__ void __launch_bounds__(THREADS, 1) qmatmul_wgmma(
                 }
             }
         } else {  // copies the weights of every third stage: what no kernel changes, so without waiting for the one before
+            // A parity tells a phase from the one before, not from the one before that. So a warp waits for the slots of its own
+            // stages alone. The consumers cannot be a phase further: that takes what only this warp copies. Nor two behind:
+            // when it copied stage s - 3 they were done with s - 3 - ring, and so with s - 2 ring in rings of 3 or more; where
+            // the warpgroups take turns, the same holds of s - 6, in rings of 6 or more (ops/qmatmul_wgmma.py).
             Cursor cursor = {0, 0};
-            int turn = warp - 1;  // stages until the next one of this warp
+            int behind = warp - 1;  // stages until the next one of this warp
+            cursor.advance(behind, ring);
             while (schedule.next(segment)) {
                 int first_tile, i = find_matrix(segment.item, first_tile);
                 const Matrix &matrix = matrices.at[i];
                 const Stage *table = tables_at + i * stages;
                 int count = min(tiles_here, (matrix.n + TILE - 1) / TILE - first_tile);
-                for (int s = segment.begin; s < segment.end; s++) {
-                    // Also for the stages of others: a parity tells two phases apart, not three.
+                int s = segment.begin + behind;
+                for (; s < segment.end; s += COPIERS) {
+                    Stage stage = table[s];
+                    uint32 barrier = shared_address(&full[cursor.slot]);
                     barrier_wait(shared_address(&empty[cursor.slot]), cursor.parity ^ 1);
-                    if (turn == 0) {
-                        Stage stage = table[s];
-                        uint32 barrier = shared_address(&full[cursor.slot]);
-                        if (lane == 0) barrier_arrive_expecting(barrier, count * stage.bytes);
-                        __syncwarp();
-                        uint32 words = shared_address(words_at + cursor.slot * tiles_here * words_bytes);
-                        if (lane < count) {
-                            int64 first = (int64)(first_tile + lane) * matrix.words_per_column_tile + stage.start * 32;
-                            copy_bulk(words + lane * words_bytes, matrix.tiles + first, stage.bytes, barrier);
-                        }
-                        char *scales = scales_at + cursor.slot * tiles_here * tables * scales_bytes;
-                        int chunks = 4 << stage.groups_between();  // of 16 bytes: one group or two
-#pragma unroll
-                        for (int v = lane; v < tiles_here * 8; v += 32) {
-                            int tile = v / 8, chunk = v % 8;
-                            if (tile >= count || chunk >= chunks) continue;
-                            int64 from = ((int64)(first_tile + tile) * matrix.groups + stage.group) * TILE + chunk * 8;
-                            char *to = scales + tile * tables * scales_bytes + chunk * 16;
-                            copy_async_16(to, matrix.scales + from);
-                            if constexpr (has_zeros) copy_async_16(to + scales_bytes, matrix.zeros + from);
-                        }
-                        barrier_arrive_after_copies(barrier);
+                    if (lane == 0) barrier_arrive_expecting(barrier, count * stage.bytes);
+                    __syncwarp();
+                    uint32 words = shared_address(words_at + cursor.slot * tiles_here * words_bytes);
+                    if (lane < count) {
+                        int64 first = (int64)(first_tile + lane) * matrix.words_per_column_tile + stage.start * 32;
+                        copy_bulk(words + lane * words_bytes, matrix.tiles + first, stage.bytes, barrier);
                     }
-                    turn = turn == 0 ? COPIERS - 1 : turn - 1;
-                    cursor.advance(1, ring);
+                    char *scales = scales_at + cursor.slot * tiles_here * tables * scales_bytes;
+                    int chunks = 4 << stage.groups_between();  // of 16 bytes: one group or two
+#pragma unroll
+                    for (int v = lane; v < tiles_here * 8; v += 32) {
+                        int tile = v / 8, chunk = v % 8;
+                        if (tile >= count || chunk >= chunks) continue;
+                        int64 from = ((int64)(first_tile + tile) * matrix.groups + stage.group) * TILE + chunk * 8;
+                        char *to = scales + tile * tables * scales_bytes + chunk * 16;
+                        copy_async_16(to, matrix.scales + from);
+                        if constexpr (has_zeros) copy_async_16(to + scales_bytes, matrix.zeros + from);
+                    }
+                    barrier_arrive_after_copies(barrier);
+                    cursor.advance(COPIERS, ring);
                 }
+                behind = s - segment.end;
             }
         }
         return;
@@ -291,6 +294,7 @@ __global__ void __launch_bounds__(THREADS, 1) qmatmul_wgmma(
     Block<widest(widths), has_zeros> fetched;
 
     while (schedule.next(segment)) {
+        __syncwarp();  // lanes without columns were done with the last item before the others: products are of whole warps
         int first_tile, matrix_index = find_matrix(segment.item, first_tile);
         float sums[2][rows / 2];  // [a][register]
 #pragma unroll

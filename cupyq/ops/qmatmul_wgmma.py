@@ -24,6 +24,7 @@ SHARED_BYTES = 227 * 1024
 
 _STATIC_BYTES = 512  # the kernel's barriers, rounded up
 _RING = 12  # stages on their way: more do not help, and the kernel has barriers for 16
+_COPIERS = 3  # warps that take turns at copying stages of weights: a ring has one of each at least, for each turn of consumers
 
 
 # --- how a product is cut ---------------------------------------------------------------------------------------------
@@ -89,7 +90,7 @@ def make_wgmma_config(
     ring = min(room, _RING) if ring is None else ring
     if warpgroups_n == 1:
         ring -= ring % 2  # the warpgroups take turns: each slot must always be the same one's
-    if not 3 <= ring <= min(room, _RING):
+    if not _COPIERS * (3 - warpgroups_n) <= ring <= min(room, _RING):
         return None
     shared_bytes = fixed_bytes - _STATIC_BYTES + ring * ring_bytes
     config = WgmmaConfig(rows, warpgroups_n, thread_blocks, waves, run_stages, items, stages, ring, shared_bytes)
