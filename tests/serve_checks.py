@@ -104,6 +104,12 @@ class Scripted:
     def select_adapters(self, adapters, batch):
         return None
 
+    def new_seed(self):
+        return 0
+
+    def check(self):
+        pass
+
     def step(self, cache, new, positions, lengths, selection):
         return positions[:, None] + np.arange(new)
 

@@ -498,7 +498,7 @@ def test_every_test_file_has_something_to_test():
     stems |= {f"{folder.name}_{path.stem.lstrip('_')}" for folder in folders for path in folder.glob("*.py")}
     tests = {path.stem.removeprefix("test_") for path in (ROOT / "tests").glob("test_*.py")}
     of_several = {"repo", "docs", "examples", "golden", "blocks", "fuzz", "ext_hostile", "qmatmul_before"}
-    of_several |= {"quantize_architectures", "isolation", "sanitize", "soak"}
+    of_several |= {"quantize_architectures", "isolation", "sanitize", "soak", "tp_serve"}
     assert tests - stems - of_several == set()
 
 

@@ -23,8 +23,6 @@ from serve_checks import (
 from test_adapters import sizes_of, tensors_of, write
 from test_models import folder_of
 
-from cupyq import tp
-from cupyq.errors import UnsupportedError
 from cupyq.generate import SamplerSettings, encode, generate
 from cupyq.models import load_model
 from cupyq.serve import Event, Generator, Job, NGramDraft
@@ -644,13 +642,6 @@ def test_jobs_that_are_none(arguments, error, message):
     with pytest.raises(error, match=message) as caught:
         Job([1, 2], **arguments)
     assert "\n" not in str(caught.value)
-
-
-def test_a_part_of_a_model_is_refused():
-    """Ranks would draw from logits that wait for the others, each in steps of its own."""
-    load = lambda comm: Generator(tp.load_model(folder_of("llama3-rope"), comm))  # noqa: E731
-    with pytest.raises(UnsupportedError, match="model is one rank's part: a Generator takes whole models"):
-        tp.run(load, 2, backend="numpy")
 
 
 @pytest.mark.parametrize(

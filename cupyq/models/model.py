@@ -354,6 +354,10 @@ class Model:
         """A seed that nobody chose, the same for all who run this model together."""
         return secrets.randbelow(MAX_SEED + 1)
 
+    def agreed(self, flag: bool) -> bool:
+        """Whether any of those who run this model together says so: each asks, and waits for the others."""
+        return flag
+
     def check(self) -> None:
         """BackendError where one of those who run this model together has failed."""
 

@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from cupyq.errors import UnsupportedError
 from cupyq.serve.job import Event, Job
 
 
@@ -12,6 +13,10 @@ class Driver:
     """Of one generator, for the tasks of the running event loop."""
 
     def __init__(self, generator: Any):
+        if generator.model.is_part:  # requests reach each rank at a time of its own
+            raise UnsupportedError(
+                "model is one rank's part and stream takes whole models: add the same jobs to all ranks and call step() alike"
+            )
         self._generator, self.loop = generator, asyncio.get_running_loop()
         self._subscribers: dict[int, asyncio.Queue] = {}
         self._thread = ThreadPoolExecutor(1, "cupyq-serve")

@@ -10,7 +10,6 @@ import numpy as np
 
 from cupyq import _fork
 from cupyq._copies import copy_values
-from cupyq.errors import UnsupportedError
 from cupyq.models.queues import HostQueue, StreamQueue
 from cupyq.ops._common import is_checking
 from cupyq.serve.rows import Rows
@@ -62,10 +61,6 @@ class Engine:
     def __init__(
         self, model: Any, pages: int, page_size: int, max_batch: int, kind: str, *, graph: bool = True, alone: bool = False
     ):
-        if model.is_part:
-            raise UnsupportedError(
-                "model is one rank's part: a Generator takes whole models; ranks use generate or model.decoder"
-            )
         self.model, self.xp, self.page_size, self.alone = model, model.xp, page_size, alone
         # One page more, for what nobody will read: rows of a graph without a job, drafts beyond a job's pages.
         self.batch = batch_class(max_batch)
@@ -77,7 +72,7 @@ class Engine:
         self.queue: Any = HostQueue() if model.xp is np else StreamQueue(model.xp, model.embedding.device.id)
         # What CUPYQ_CHECK=1 reads back from the GPU cannot be part of a graph.
         self._uses_graphs = graph and self.queue.has_graphs and not is_checking() and not alone
-        self._steps, self._passes = Graphs(self.queue), Graphs(self.queue)
+        self._steps, self._passes = Graphs(self.queue, model), Graphs(self.queue, model)
         # Of `verify`: places of rows, where they end, and tokens; of `prefill` the same, and the pages of each.
         self._verified = self.xp.zeros(self.batch * (2 + MOST_NEW), np.int32)
         self._passed = self.xp.zeros(SMALL_PASS + SMALL_PASS // _SHORTEST * (2 + self.cache.max_pages), np.int32)
@@ -106,12 +101,6 @@ class Engine:
         self._table[row] = self._nowhere
         self._table[row, : len(pages)] = pages
         self._table_changed = True
-
-    def copy_page(self, source: int, to: int) -> None:
-        self.cache.copy_page(source, to)
-
-    def rotate(self, cycles: Sequence[Sequence[int]]) -> None:
-        self.cache.rotate(cycles)
 
     def _upload_table(self) -> None:
         if self._table_changed:
@@ -229,10 +218,13 @@ class Engine:
 
 
 class Graphs:
-    """Computations of fixed arrays, by key, captured as CUDA graphs with memory that nobody else is given."""
+    """Computations of fixed arrays, by key, captured as CUDA graphs with memory that nobody else is given.
 
-    def __init__(self, queue: Any):
-        self._queue = queue
+    model: what computes. Where others hold parts of it, all have the same keys, captured together.
+    """
+
+    def __init__(self, queue: Any, model: Any):
+        self._queue, self._model = queue, model
         self._pool = queue.new_pool() if queue.has_graphs else None
         self._kept: dict[tuple, tuple[Any, Any]] = {}
         self._seen: set[tuple] = set()
@@ -248,17 +240,21 @@ class Graphs:
         with self._queue.entered(self._pool):
             if key in self._kept:
                 graph, result = self._kept[key]
-                graph.launch()
+                self._model.launch(graph)
                 return result
             memory = self._pool.total_bytes()
             result = compute()
-            if self._pool.total_bytes() != memory:
-                self._kept.clear()  # a pool that ran short has given back what is free now, where graphs have arrays
-            if at_once or key in self._seen:
-                kept: list[Any] = []
-                self._kept[key] = self._queue.captured(lambda: kept.append(compute())), kept[0]
-            self._seen.add(key)
-            return result
+            has_grown = self._pool.total_bytes() != memory
+        # A pool that ran short has given back what is free now, where graphs have arrays. Each rank has a pool of its own.
+        if self._model.agreed(has_grown):
+            self._kept.clear()
+        if at_once or key in self._seen:
+            kept: list[Any] = []
+            with self._queue.entered(self._pool):
+                graph = self._queue.captured(lambda: kept.append(compute()))
+            self._kept[key] = self._model.adopt(graph), kept[0]
+        self._seen.add(key)
+        return result
 
 
 def _views(memory: Any, rows: int, *shapes: tuple[int, ...]) -> list[Any]:
@@ -281,7 +277,7 @@ class Landing:
     """Arrays on their way to the host, queued behind the steps so far: `receive` waits for them alone."""
 
     def __init__(self, engine: Engine, arrays: dict[Any, Any]):
-        self._event = None
+        self._model, self._event = engine.model, None
         if engine.xp is np:
             self._arrays = {name: array.copy() for name, array in arrays.items()}
             return
@@ -300,4 +296,5 @@ class Landing:
     def receive(self) -> dict[Any, np.ndarray]:
         if self._event is not None:
             self._event.synchronize()
+        self._model.check()  # where a step ended because another rank failed, they mean nothing
         return self._arrays

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
+import random
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from cupyq.models.sampler import MAX_SEED
 from cupyq.ops._common import whole_number
 from cupyq.serve.batch import Batch
 from cupyq.serve.driver import Driver
@@ -58,6 +60,9 @@ class Generator:
     A job's tokens depend on its prompt, settings and seed, not on what else runs, up to rounding: products of other batch
     sizes may round otherwise. ValueError / TypeError for wrong sizes; errors of one job, such as those a filter raises, end
     that job alone, with reason "error".
+
+    Of a model of `tp.load_model` every rank makes the same Generator, adds and cancels the same jobs between the same steps,
+    and calls `step` alike: then all see the same events. `stream` takes whole models.
     """
 
     def __init__(
@@ -100,6 +105,8 @@ class Generator:
         self._flights: deque[_Flight] = deque()
         self._batch = Batch(self._engines, self.vocab_size)
         self._pieces: Pieces | None = None
+        # Of jobs that have none. Ranks ask each other here, once, and draw the same ones from then on.
+        self._seeds = random.Random(model.new_seed())
         self._join()
         self.prefilled_tokens = 0
         """Prompt tokens that passed the model since the generator was made; cached_tokens: those found in the cache."""
@@ -138,6 +145,8 @@ class Generator:
         self.model.select_adapters(job.adapters, 1)  # here: where its caller sees what is wrong with them
         if job.heal and self._pieces is None:
             self._pieces = Pieces(self.tokenizer, self.vocab_size)
+        if job.seed is None:
+            job.seed = self._seeds.randint(0, MAX_SEED)
         run = Running(job, self.tokenizer, self._pieces, self.vocab_size)
         job.is_added = True
         self._inbox.append(run)
@@ -178,7 +187,7 @@ class Generator:
         with self._engine.on_device():
             self._join()
             for engine in self._engines:
-                engine.rotate(cycles)
+                engine.cache.rotate(cycles)
             self._join()
         return sum(map(len, cycles))
 
@@ -244,7 +253,7 @@ class Generator:
             lease = run.lease
             if lease.copied is not None:
                 for engine in self._engines:
-                    engine.copy_page(*lease.copied)
+                    engine.cache.copy_page(*lease.copied)
             run.fed = lease.cached
             run.job.cached_tokens = lease.cached
             self.cached_tokens += lease.cached
@@ -276,27 +285,23 @@ class Generator:
 
         All count as the longest does; together they are within `budget`.
         """
-        parts: dict[Running, int] = {}
-        size = self._pool.page_size
-        for run in self._prefilling:
-            left = run.unfed
-            if not left:
-                continue
-            if not parts:
-                if self.batch_invariant:
-                    left = min(left, size - run.fed % size)
-                count = left if left <= budget else (run.fed + budget) // size * size - run.fed
-                if not 0 < count <= budget:
-                    return {}
-                parts[run] = width = count
-                if self.batch_invariant:
-                    return parts
-                continue
-            wider = max(width, left)
-            cells, tokens = wider * (len(parts) + 1), sum(parts.values()) + left
-            fits = max(one.fed for one in (*parts, run)) + wider <= min(engine.capacity for engine in self._engines)
-            if fits and cells <= budget and (cells <= SMALL_PASS or tokens >= cells * LEAST_FILLED):
-                parts[run], width = left, wider
+        runs = [run for run in self._prefilling if run.unfed]
+        if not runs:
+            return {}
+        first, size = runs.pop(0), self._pool.page_size
+        width = min(first.unfed, size - first.fed % size) if self.batch_invariant else first.unfed
+        if width > budget:
+            width = (first.fed + budget) // size * size - first.fed
+        parts = {first: width} if width > 0 else {}
+        if not parts or self.batch_invariant:
+            return parts
+        capacity = min(engine.capacity for engine in self._engines)
+        for run in runs:
+            wider = max(width, run.unfed)
+            cells, tokens = wider * (len(parts) + 1), sum(parts.values()) + run.unfed
+            fits = cells <= budget and max(one.fed for one in (*parts, run)) + wider <= capacity
+            if fits and (cells <= SMALL_PASS or tokens >= cells * LEAST_FILLED):
+                parts[run], width = run.unfed, wider
         return parts
 
     def _join(self) -> None:

@@ -1,7 +1,6 @@
 """What a caller asks for: a Job; and what it is told: Events."""
 
 import itertools
-import secrets
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,8 +26,8 @@ class Job:
     prompt          token ids, one or more
     max_new_tokens  ends it, reason "length"
     min_new_tokens  until so many are drawn, stop tokens cannot be
-    settings        how tokens are drawn; the seed (default: settings.seed, else a new one) decides which, whatever else is
-                    in the batch
+    settings        how tokens are drawn; the seed (default: settings.seed, else a new one from `Generator.add`) decides
+                    which, whatever else is in the batch
     stop_tokens     ids that end it and are no part of the result; None: the model's end-of-text tokens
     stop_strings    texts that end it and are no part of the result
     banned_strings  texts, upper or lower case, that are taken back as soon as they are there: their first token is drawn anew
@@ -85,9 +84,8 @@ class Job:
             raise ValueError(f"min_new_tokens is {self.min_new_tokens}, above max_new_tokens {self.max_new_tokens}: lower it")
         if self.seed is None:
             self.seed = self.settings.seed
-        if self.seed is None:
-            self.seed = secrets.randbelow(MAX_SEED + 1)
-        whole_number(self.seed, "seed", 0, MAX_SEED)
+        if self.seed is not None:
+            whole_number(self.seed, "seed", 0, MAX_SEED)
         if self.logprobs is not None:
             whole_number(self.logprobs, "logprobs", 0, MAX_LOGPROBS)
         for name in ("heal", "speculate"):

@@ -52,7 +52,8 @@ class ModelDraft:
     """A smaller model of the same vocabulary guesses, with each job's settings and random numbers.
 
     most: the most tokens guessed, up to 15. Its cache has the pages of the large model's, and shares them alike. Penalties,
-    filters and adapters are left to the large model.
+    filters and adapters are left to the large model. On the ranks of a large model it is split like that one, or whole on
+    each: all must guess the same, so whole ones take GPUs of one kind.
     """
 
     def __init__(self, model: Any, most: int = 4):
@@ -68,6 +69,8 @@ class ModelDraft:
             )
         if self.model.xp is not target.xp:
             raise ValueError(f"the draft model runs on {self.model.backend}, the model on {target.backend}: load both alike")
+        if self.model.is_part and not target.is_part:
+            raise ValueError("the draft model is one rank's part, the model is whole: load the draft model whole, too")
         engine = Engine(self.model, pages, page_size, max_batch, kind, **options)
         if engine.capacity < target.config.max_seq_len:
             raise ValueError(

@@ -11,7 +11,7 @@ from cupyq._kernels import is_tracing
 from cupyq.layers import Linear
 from cupyq.layers.lora import LowRank
 from cupyq.models import Model
-from cupyq.tp.comm import Comm
+from cupyq.tp.comm import Comm, gather_bytes
 from cupyq.tp.layers import NoHeads, SummedMoE, leave_sums_to_norms
 from cupyq.tp.plan import TPPlan
 
@@ -95,6 +95,9 @@ class RankModel(Model):
     def _on_host(self, array: Any) -> np.ndarray:
         self.comm.wait()
         return to_host(array)
+
+    def agreed(self, flag: bool) -> bool:
+        return any(map(any, gather_bytes(self.comm, np.int32(flag).tobytes())))
 
     def check(self) -> None:
         self.comm.check()
