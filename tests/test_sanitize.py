@@ -13,12 +13,13 @@ import sanitize
 import sanitize_cases
 
 from cupyq import _kernels, cli
+from cupyq.ops.qmatmul_wgmma import INSTANCES
 
 # Says what a sanitizer would of these parts, and never runs what it is given.
 STAND_IN = f"""#!{sys.executable}
-import sys, time
+import os, sys, time
 tool, part = sys.argv[2], " ".join(sys.argv)
-print("noise")
+print("noise", os.environ.get("EVERY_LANE_ARRIVES"))
 if "codes" in part:
     time.sleep(60)
 errors = 3 if "mixtures" in part and tool == "initcheck" else 0
@@ -47,7 +48,9 @@ def test_all_that_is_good(stand_in, capsys):
     assert lines[0] == "| part | memcheck | racecheck | initcheck | synccheck |"
     assert lines[2].startswith("| positions | 0 errors, ") and lines[3].count("0 errors") == 4
     assert lines[-1] == "8 of 8 without an error"
-    assert len(list(stand_in.glob("*.log"))) == 8 and "noise" in (stand_in / "racecheck-positions.log").read_text()
+    assert len(list(stand_in.glob("*.log"))) == 8
+    for tool in sanitize.TOOLS:
+        assert f"noise {1 if tool == 'racecheck' else None}\n" in (stand_in / f"{tool}-positions.log").read_text()
 
 
 @pytest.mark.parametrize(
@@ -64,6 +67,18 @@ def test_what_is_wrong_is_told(stand_in, capsys, part, tool, said):
     assert sanitize.main([*options, "--only", "positions", part]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert lines[3].startswith(f"| {part} | {said}") and lines[-1] == "1 of 2 without an error"
+
+
+def test_every_lane_arrives_for_racecheck_alone(monkeypatch):
+    monkeypatch.setattr(_kernels, "OPTIONS", before := _kernels.OPTIONS)
+    monkeypatch.delenv("EVERY_LANE_ARRIVES", raising=False)
+    sanitize_cases.show_order_to_racecheck()
+    assert _kernels.OPTIONS == before
+    monkeypatch.setenv("EVERY_LANE_ARRIVES", "1")
+    sanitize_cases.show_order_to_racecheck()
+    assert _kernels.OPTIONS == (*before, "-DEVERY_LANE_ARRIVES=1")
+    every, one = (_kernels.compile_instance(INSTANCES[-1], "sm_90a", options)[0] for options in ((), ("-UEVERY_LANE_ARRIVES",)))
+    assert every != one
 
 
 def test_every_case_and_only_files_that_are_there_are_run():

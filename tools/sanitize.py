@@ -54,8 +54,10 @@ class Outcome(NamedTuple):
 def pytest_configure(config):
     """As a plugin of pytest: every array gets an allocation of its own. Decoders keep pools, as their graphs need them."""
     import cupy
+    import sanitize_cases
 
     cupy.cuda.set_allocator(None)
+    sanitize_cases.show_order_to_racecheck()
 
 
 def command(tool, part):
@@ -78,6 +80,8 @@ def run(tool, part, folder, minutes):
     path, start, status = folder / f"{tool}-{part}.log", time.monotonic(), None
     folders = [str(ROOT), str(ROOT / "tools"), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders), "OPENBLAS_NUM_THREADS": "1"}
+    if tool == "racecheck":
+        environment["EVERY_LANE_ARRIVES"] = "1"
     with path.open("wb") as log:
         process = subprocess.Popen(command(tool, part), cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
         try:
