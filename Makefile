@@ -47,7 +47,7 @@ check: $(CHECK_STAMP)
 	.venv/bin/ruff format --check .
 	.venv/bin/clang-format --dry-run -Werror cupyq/cu/*.cu cupyq/cu/*.cuh
 	.venv/bin/mypy
-	.venv/bin/python -m pytest -q -n $(JOBS) tests/test_repo.py tests/test_kernels.py tests/test_arrays.py
+	.venv/bin/python -m pytest -q -n $(JOBS) tests/test_repo.py tests/test_kernels.py tests/test_arrays.py tests/test_foreign.py
 
 format: $(CHECK_STAMP)
 	.venv/bin/ruff check --fix .

@@ -6,7 +6,8 @@ import importlib
 
 import numpy as np
 
-from cupyq._arrays import first_line, gpu_of, require_cupy, stream_at, view_of
+from cupyq._arrays import first_line, require_cupy
+from cupyq._foreign import gpu_of, stream_at, view_of
 from cupyq.errors import BackendError
 
 __all__ = ["jax_callback", "torch_allocator"]

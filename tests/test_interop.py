@@ -1,6 +1,6 @@
 """Ops on arrays of PyTorch, JAX, Numba and CuPy: the same bits, in order without the host, in graphs, in jits, in one pool.
 
-How arrays enter and leave one by one is in test_arrays.py.
+How arrays enter and leave one by one is in test_foreign.py.
 """
 
 import contextlib
@@ -19,8 +19,9 @@ from kernel_checks import bfloat16, float16, float32, random, same_bits
 from random_layers import random_exl2
 
 import cupyq
-from cupyq import _arrays, interop, ops
-from cupyq._arrays import accepts_dlpack, check
+from cupyq import _arrays, _foreign, interop, ops
+from cupyq._arrays import check
+from cupyq._foreign import accepts_dlpack
 from cupyq.errors import BackendError
 
 int32 = np.dtype(np.int32)
@@ -281,7 +282,7 @@ def test_arrays_of_numba_on_a_stream_of_its_own_are_in_order(numba, cupy):
     for _ in range(2):
         x = numba.device_array(values.shape, values.dtype, stream=stream)
         place = x.__cuda_array_interface__["data"][0]
-        with (its := cupy.cuda.Stream.from_external(_arrays._StreamHandle(int(stream)))):
+        with (its := cupy.cuda.Stream.from_external(_foreign._StreamHandle(int(stream)))):
             spin(cupy, 300)
         # What Numba copies from the host it waits for.
         cupy.cuda.runtime.memcpyAsync(place, values.data.ptr, values.nbytes, cupy.cuda.runtime.memcpyDeviceToDevice, its.ptr)
@@ -561,7 +562,7 @@ class _HostArray(np.ndarray):
 
     @property
     def data(self):
-        return SimpleNamespace(ptr=self.ctypes.data, device_id=0)
+        return SimpleNamespace(ptr=self.ctypes.data, device_id=0, mem=SimpleNamespace())
 
     @property
     def _c_contiguous(self):
@@ -608,11 +609,11 @@ class StandInForCudaArrays:
             MemoryPointer=lambda memory, offset: (memory, offset),
         )
         monkeypatch.setitem(sys.modules, "cupy", self)
-        monkeypatch.setattr(_arrays, "require_cupy", lambda: self)
-        monkeypatch.setattr(_arrays, "_require_gpu", lambda device, name: None)
-        monkeypatch.setattr(_arrays, "stream_at", self.stream_at)
-        for known in ("_foreign_types", "_native_types", "_in_flight", "_array_types"):
-            monkeypatch.setattr(_arrays, known, type(getattr(_arrays, known))())
+        monkeypatch.setattr(_foreign, "require_cupy", lambda: self)
+        monkeypatch.setattr(_foreign, "_require_gpu", lambda device, name: None)
+        monkeypatch.setattr(_foreign, "stream_at", self.stream_at)
+        for module, known in ((_arrays, "_array_types"), (_foreign, "_in_flight"), (_foreign, "_idle")):
+            monkeypatch.setattr(module, known, type(getattr(module, known))())
 
     @contextlib.contextmanager
     def entered_device(self, device):
@@ -707,7 +708,7 @@ def test_an_op_on_tensors_runs_on_their_device_and_on_the_stream_that_torch_work
     cupy.device, before, seen = device, cupy.current, []
     torch = SimpleNamespace(_C=SimpleNamespace(_cuda_getCurrentRawStream=lambda device: stream if device == 1 else None))
     monkeypatch.setitem(sys.modules, "torch", torch)
-    monkeypatch.setattr(_arrays, "_torch_dtypes", lambda: {np.dtype(np.float32): np.dtype(np.float32)})
+    monkeypatch.setattr(_foreign, "_torch_dtypes", lambda: {np.dtype(np.float32): np.dtype(np.float32)})
 
     @accepts_dlpack
     def triple(x, factor, *, out=None):

@@ -57,6 +57,7 @@ LAYERS = {
     "_progress": 1,
     "formats": 1,
     "_launch": 1,
+    "_foreign": 2,
     "interop": 2,
     "_tensor_maps": 2,
     "_kernels": 2,

@@ -8,7 +8,8 @@ import sys
 
 import numpy as np
 
-from cupyq._arrays import byte_bounds, gpu_of, is_cupy, native
+from cupyq._arrays import byte_bounds, is_cupy
+from cupyq._foreign import gpu_of, native
 
 _PLAIN = frozenset({bool, int, float, str, bytes, type(None)})
 _PLAIN_ITEMS = frozenset({bool, int, float, str, bytes, list, tuple})  # what begins a list that holds no arrays
@@ -18,7 +19,7 @@ def entry(function=None, *, arrays=(), optional=(), writes=(), unused=(), flags=
     """Decorator for the extension's functions: tensors of any DLPack library in, NumPy and CuPy arrays inside.
 
     Arrays may also be items of lists, tuples and dicts. A tensor on torch's meta device becomes None, which is what an
-    absent one is. The function runs on the caller's device and stream (cupyq._arrays.native).
+    absent one is. The function runs on the caller's device and stream (cupyq._foreign.native).
     `arrays` names arguments that must be arrays, `optional` those that may be absent. `writes` names the arguments that
     are written, or is a function of the arguments (a dict) that does: they must be contiguous and writable, as the
     caller must see the result. What is only read may have any strides, and is copied where it is not contiguous.

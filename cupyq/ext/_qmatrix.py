@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from cupyq import ops
-from cupyq._arrays import accepts_dlpack, check, float16
+from cupyq._arrays import check, float16
 from cupyq._copies import to_host
+from cupyq._foreign import accepts_dlpack
 from cupyq.ext._arrays import entry, fill, integer, settle
 from cupyq.ext._handles import handles
 from cupyq.formats import exl2, gptq

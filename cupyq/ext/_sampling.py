@@ -9,7 +9,8 @@ import math
 
 import numpy as np
 
-from cupyq._arrays import check, first_line, float32, gpu_of, is_cupy
+from cupyq._arrays import check, first_line, float32, is_cupy
+from cupyq._foreign import gpu_of
 from cupyq.ext._arrays import entry, integer, is_array, number, refuse_any_overlap
 from cupyq.ext._candidates import candidates, sort_first
 from cupyq.ops._common import shown

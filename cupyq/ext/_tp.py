@@ -5,7 +5,8 @@ products and norms on each of them. How the work is ordered is said in _tp_conte
 import numpy as np
 
 from cupyq import _device, ops
-from cupyq._arrays import FLOATS, byte_bounds, check, float16, is_cupy, require_cupy, stream_at
+from cupyq._arrays import FLOATS, byte_bounds, check, float16, is_cupy, require_cupy
+from cupyq._foreign import stream_at
 from cupyq.ext._arrays import entry, integer, number, refuse_any_overlap
 from cupyq.ext._handles import handles
 from cupyq.ext._tp_blocks import tp_attn_forward_, tp_attn_forward_paged_, tp_mlp_forward_

@@ -7,7 +7,6 @@ import numpy as np
 from cupyq import _device
 from cupyq._arrays import (
     FLOATS,
-    accepts_dlpack,
     address_of,
     bfloat16,
     check,
@@ -19,6 +18,7 @@ from cupyq._arrays import (
     refuse_partial_overlap,
 )
 from cupyq._device import shared_bytes_limit
+from cupyq._foreign import accepts_dlpack
 from cupyq._kernels import instance, is_tracing, launch
 from cupyq.formats import kv_cache
 from cupyq.ops import attention_decode, attention_wgmma

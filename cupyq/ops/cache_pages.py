@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from cupyq._arrays import accepts_dlpack, byte_bounds, check, int32, namespace
+from cupyq._arrays import byte_bounds, check, int32, namespace
+from cupyq._foreign import accepts_dlpack
 from cupyq._kernels import instance, launch
 from cupyq.ops._common import refuse_overlap, whole_number
 

@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from cupyq._arrays import FLOATS, accepts_dlpack, check, float16, float32, namespace, output, refuse_partial_overlap
+from cupyq._arrays import FLOATS, check, float16, float32, namespace, output, refuse_partial_overlap
+from cupyq._foreign import accepts_dlpack
 from cupyq._kernels import instance, launch
 from cupyq.ops._common import access_width, float64, refuse_overlap, store
 

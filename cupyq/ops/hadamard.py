@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from cupyq._arrays import FLOATS, accepts_dlpack, bfloat16, check, float16, float32, namespace, output, refuse_partial_overlap
+from cupyq._arrays import FLOATS, bfloat16, check, float16, float32, namespace, output, refuse_partial_overlap
+from cupyq._foreign import accepts_dlpack
 from cupyq._kernels import instance, launch
 from cupyq.errors import UnsupportedError
 from cupyq.ops._common import float32_factor, float64, store, vector_width, whole_number

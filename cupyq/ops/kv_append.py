@@ -2,8 +2,9 @@
 
 import numpy as np
 
-from cupyq._arrays import FLOATS, accepts_dlpack, byte_bounds, check, float16, float32, int32, namespace
+from cupyq._arrays import FLOATS, byte_bounds, check, float16, float32, int32, namespace
 from cupyq._copies import to_host
+from cupyq._foreign import accepts_dlpack
 from cupyq._kernels import instance, launch
 from cupyq.formats import kv_cache
 from cupyq.ops._common import int32_of, is_checking, overlap_error, vector_width

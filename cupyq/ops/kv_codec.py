@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from cupyq import _device
-from cupyq._arrays import accepts_dlpack, byte_bounds, check, float16, int32, namespace, output
+from cupyq._arrays import byte_bounds, check, float16, int32, namespace, output
+from cupyq._foreign import accepts_dlpack
 from cupyq._kernels import instance, launch
 from cupyq.errors import UnsupportedError
 from cupyq.formats import kv_cache

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cupyq._arrays import FLOATS, accepts_dlpack, bfloat16, check, float16, float32, int32, namespace
+from cupyq._arrays import FLOATS, bfloat16, check, float16, float32, int32, namespace
+from cupyq._foreign import accepts_dlpack
 from cupyq._kernels import instance, launch
 from cupyq.ops._common import access_width, float64, refuse_overlap, store, vector_width
 

@@ -9,19 +9,9 @@ import threading
 
 import numpy as np
 
-from cupyq._arrays import (
-    FLOATS,
-    accepts_dlpack,
-    bfloat16,
-    check,
-    first_line,
-    float16,
-    float32,
-    namespace,
-    output,
-    require_cupy,
-)
+from cupyq._arrays import FLOATS, bfloat16, check, first_line, float16, float32, namespace, output, require_cupy
 from cupyq._device import arch_number, info
+from cupyq._foreign import accepts_dlpack
 from cupyq._kernels import instance, is_tracing, launch
 from cupyq.errors import BackendError
 from cupyq.ops._common import dtype_named, float32_factor, float64, refuse_overlap, store, truth

@@ -6,18 +6,8 @@ import math
 import numpy as np
 
 from cupyq import _device
-from cupyq._arrays import (
-    FLOATS,
-    accepts_dlpack,
-    bfloat16,
-    check,
-    float16,
-    float32,
-    int32,
-    namespace,
-    output,
-    refuse_partial_overlap,
-)
+from cupyq._arrays import FLOATS, bfloat16, check, float16, float32, int32, namespace, output, refuse_partial_overlap
+from cupyq._foreign import accepts_dlpack
 from cupyq._kernels import instance, launch
 from cupyq.ops._common import access_width, dtype_named, float64, int32_of, norm_epsilon, refuse_overlap, shown, store
 
@@ -59,17 +49,18 @@ def _check_rows(x, weight, bias, dtype, residual, order, out):
     check(weight, "weight", dtype=FLOATS, shape=x.shape[-1:])
     if bias is not None:
         check(bias, "bias", dtype=weight.dtype, shape=weight.shape)
-    dtype = None if dtype is None else dtype_named(dtype)
+    asked = None if dtype is None else dtype_named(dtype)
     if residual is not None:
-        check(residual, "residual", dtype=FLOATS if dtype is None else dtype, shape=x.shape)
-    if dtype is None:
-        dtype = (x if residual is None else residual).dtype
+        check(residual, "residual", dtype=FLOATS if asked is None else asked, shape=x.shape)
     shape = x.shape
     if order is not None:
         _check_order(xp, order, residual, shape[-1])
         shape = (*shape[:-1], order.size)
-    out = output(xp, out, shape, dtype)
-    check(out, "out", dtype=FLOATS)
+    if asked is None:
+        out = output(xp, out, shape, (x if residual is None else residual).dtype)
+    else:
+        out = output(xp, out, shape, asked)
+        check(out, "out", dtype=FLOATS)
     if order is None:
         refuse_partial_overlap(out, x=x, weight=weight, bias=bias, residual=residual)
     else:

@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from cupyq._arrays import FLOATS, accepts_dlpack, check, float32, int32, namespace, output, refuse_partial_overlap
+from cupyq._arrays import FLOATS, check, float32, int32, namespace, output, refuse_partial_overlap
+from cupyq._foreign import accepts_dlpack
 from cupyq._kernels import instance, launch
 from cupyq.ops._common import byte_workspace, refuse_overlap, store
 from cupyq.ops._settings import Setting, SettingTable, given_settings, is_scalar, normalise, upload

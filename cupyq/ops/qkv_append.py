@@ -4,7 +4,8 @@ import math
 
 import numpy as np
 
-from cupyq._arrays import FLOATS, accepts_dlpack, bfloat16, check, float16, float32, int32, namespace, output
+from cupyq._arrays import FLOATS, bfloat16, check, float16, float32, int32, namespace, output
+from cupyq._foreign import accepts_dlpack
 from cupyq._kernels import instance, launch
 from cupyq.formats.kv_cache import KINDS
 from cupyq.ops._common import is_checking, norm_epsilon, refuse_overlap, shown, store, whole_number

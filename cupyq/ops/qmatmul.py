@@ -5,18 +5,8 @@ import dataclasses
 import numpy as np
 
 from cupyq import _device
-from cupyq._arrays import (
-    FLOATS,
-    accepts_dlpack,
-    bfloat16,
-    byte_bounds,
-    check,
-    float16,
-    float32,
-    namespace,
-    output,
-    refuse_partial_overlap,
-)
+from cupyq._arrays import FLOATS, bfloat16, byte_bounds, check, float16, float32, namespace, output, refuse_partial_overlap
+from cupyq._foreign import accepts_dlpack
 from cupyq._kernels import instance, launch
 from cupyq.formats.tiles import TILE
 from cupyq.ops._common import dtype_named, float64, norm_epsilon, refuse_overlap, shown, store, truth

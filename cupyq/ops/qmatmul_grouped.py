@@ -3,7 +3,8 @@
 import numpy as np
 
 from cupyq import _device
-from cupyq._arrays import accepts_dlpack, bfloat16, byte_bounds, check, float16, float32, namespace, output
+from cupyq._arrays import bfloat16, byte_bounds, check, float16, float32, namespace, output
+from cupyq._foreign import accepts_dlpack
 from cupyq._kernels import instance, launch
 from cupyq.formats.tiles import TILE
 from cupyq.ops._common import dtype_named, refuse_overlap, store

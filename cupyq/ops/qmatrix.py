@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from cupyq._arrays import FLOATS, admit, check, float16, is_cupy, native, require_cupy
+from cupyq._arrays import FLOATS, admit, check, float16, is_cupy, require_cupy
+from cupyq._foreign import native
 from cupyq._kernels import instance, launch
 from cupyq.errors import FormatError
 from cupyq.formats import exl2, gptq, tiles

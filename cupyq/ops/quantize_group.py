@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cupyq._arrays import accepts_dlpack, byte_bounds, check, float16, float32, namespace, output
+from cupyq._arrays import byte_bounds, check, float16, float32, namespace, output
+from cupyq._foreign import accepts_dlpack
 from cupyq._kernels import instance, launch
 from cupyq.formats.bits import WIDTHS
 from cupyq.ops._common import byte_workspace, refuse_overlap, truth, whole_number

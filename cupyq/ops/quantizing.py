@@ -11,7 +11,8 @@ import math
 
 import numpy as np
 
-from cupyq._arrays import accepts_dlpack, check, float32, int32, namespace, output, refuse_partial_overlap
+from cupyq._arrays import check, float32, int32, namespace, output, refuse_partial_overlap
+from cupyq._foreign import accepts_dlpack
 from cupyq._kernels import instance, launch
 from cupyq.formats.bits import WIDTHS, pack_cols, pack_rows
 from cupyq.ops._common import float64, real_number, refuse_overlap, store, vector_width, whole_number

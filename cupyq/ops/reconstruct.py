@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from cupyq._arrays import accepts_dlpack, bfloat16, float16, output
+from cupyq._arrays import bfloat16, float16, output
+from cupyq._foreign import accepts_dlpack
 from cupyq._kernels import instance, launch
 from cupyq.formats.tiles import TILE
 from cupyq.ops._common import vector_width

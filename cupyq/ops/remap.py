@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from cupyq._arrays import accepts_dlpack, check, int32, namespace, output
+from cupyq._arrays import check, int32, namespace, output
+from cupyq._foreign import accepts_dlpack
 from cupyq._kernels import instance, launch
 from cupyq.formats.bits import pack_cols, unpack_cols
 from cupyq.ops._common import refuse_overlap

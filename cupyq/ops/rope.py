@@ -4,18 +4,8 @@ import math
 
 import numpy as np
 
-from cupyq._arrays import (
-    FLOATS,
-    accepts_dlpack,
-    bfloat16,
-    check,
-    float16,
-    float32,
-    int32,
-    namespace,
-    output,
-    refuse_partial_overlap,
-)
+from cupyq._arrays import FLOATS, bfloat16, check, float16, float32, int32, namespace, output, refuse_partial_overlap
+from cupyq._foreign import accepts_dlpack
 from cupyq._kernels import instance, launch
 from cupyq.errors import FormatError, UnsupportedError
 from cupyq.ops._common import float64, int32_of, refuse_overlap, shown, store, vector_width

@@ -5,7 +5,8 @@ from typing import NamedTuple
 import numpy as np
 
 from cupyq import _device
-from cupyq._arrays import FLOATS, accepts_dlpack, check, float32, int32, namespace, output
+from cupyq._arrays import FLOATS, check, float32, int32, namespace, output
+from cupyq._foreign import accepts_dlpack
 from cupyq._kernels import instance, launch
 from cupyq.ops._common import byte_workspace, refuse_overlap, vector_width
 from cupyq.ops._settings import Setting, SettingTable, given_settings, is_scalar, may_be, normalise, upload
