@@ -64,7 +64,7 @@ gpu:
 # The plain run first: it fills the kernel cache, so that the sanitizer watches kernels and not the compiler.
 sanitize:
 	PYTHONPATH=. $(GPU_PYTHON) tools/sanitize_cases.py --compile
-	EVERY_LANE_ARRIVES=1 PYTHONPATH=. $(GPU_PYTHON) tools/sanitize_cases.py --compile
+	SANITIZER=racecheck PYTHONPATH=. $(GPU_PYTHON) tools/sanitize_cases.py --compile
 	PYTHONPATH=. $(GPU_PYTHON) tools/sanitize_cases.py
 	PYTHONPATH=. $(GPU_PYTHON) tools/sanitize.py --logs build/sanitize --minutes 60
 

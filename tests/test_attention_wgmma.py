@@ -108,6 +108,14 @@ def test_tensor_maps_describe_an_array(encoder):
     ]
 
 
+def test_nobody_is_asked_for_maps_of_what_is_only_traced(encoder):
+    a = np.zeros((5, 7, 3, 128), float16)
+    with _kernels.tracing():
+        traced = _tensor_maps.tensor_maps((a, a.shape, (1, 4, 1, 64)))
+    assert not encoder.calls
+    assert traced.dtype == _tensor_maps.tensor_maps((a, a.shape, (1, 4, 1, 64))).dtype
+
+
 def test_tensor_maps_that_the_driver_refuses(encoder, monkeypatch):
     encoder.status = 1
     monkeypatch.setattr(_tensor_maps._launch, "error_text", lambda status: f"error {status}")

@@ -239,18 +239,36 @@ def test_a_queue_that_goes_takes_what_was_kept_for_its_stream():
     cuda = SimpleNamespace(
         Device=lambda number: contextlib.nullcontext(),
         Stream=Stream,
-        MemoryPool=lambda: None,
+        MemoryPool=lambda: SimpleNamespace(free_all_blocks=lambda: given_back.append(True)),
         Event=lambda disable_timing: None,
     )
+    given_back = []
     queue = StreamQueue(SimpleNamespace(cuda=cuda), 3)
+    queue.new_pool()
     matmul._workspaces[key] = _kernels._queues[key] = object()
     try:
         del queue
         gc.collect()
-        assert left == [(False, False)]
+        assert left == [(False, False)] and given_back == [True, True]
     finally:
         matmul._workspaces.pop(key, None)
         _kernels._queues.pop(key, None)
+
+
+@pytest.mark.gpu
+def test_queues_that_come_and_go_leave_no_objects(cupy):
+    def come_and_go(count):
+        for _ in range(count):
+            queue = StreamQueue(cupy, 0)
+            for pool in (None, queue.new_pool()):
+                with queue.entered(pool):
+                    cupy.empty(1000)
+        del queue
+        gc.collect()
+        return sys.getallocatedblocks()
+
+    before = come_and_go(20)
+    assert come_and_go(200) - before < 200  # a pool that ended with free blocks would leave four
 
 
 @pytest.mark.gpu

@@ -1,9 +1,11 @@
 """tools/sanitize.py and the cases it runs, with a stand-in for compute-sanitizer."""
 
+import importlib
 import os
 import stat
 import sys
 
+import numpy as np
 import pytest
 from conftest import ROOT
 
@@ -19,7 +21,7 @@ from cupyq.ops.qmatmul_wgmma import INSTANCES
 STAND_IN = f"""#!{sys.executable}
 import os, sys, time
 tool, part = sys.argv[2], " ".join(sys.argv)
-print("noise", os.environ.get("EVERY_LANE_ARRIVES"))
+print("noise", os.environ.get("SANITIZER"))
 if "codes" in part:
     time.sleep(60)
 errors = 3 if "mixtures" in part and tool == "initcheck" else 0
@@ -50,7 +52,7 @@ def test_all_that_is_good(stand_in, capsys):
     assert lines[-1] == "8 of 8 without an error"
     assert len(list(stand_in.glob("*.log"))) == 8
     for tool in sanitize.TOOLS:
-        assert f"noise {1 if tool == 'racecheck' else None}\n" in (stand_in / f"{tool}-positions.log").read_text()
+        assert f"noise {tool}\n" in (stand_in / f"{tool}-positions.log").read_text()
 
 
 @pytest.mark.parametrize(
@@ -71,14 +73,26 @@ def test_what_is_wrong_is_told(stand_in, capsys, part, tool, said):
 
 def test_every_lane_arrives_for_racecheck_alone(monkeypatch):
     monkeypatch.setattr(_kernels, "OPTIONS", before := _kernels.OPTIONS)
-    monkeypatch.delenv("EVERY_LANE_ARRIVES", raising=False)
-    sanitize_cases.show_order_to_racecheck()
-    assert _kernels.OPTIONS == before
-    monkeypatch.setenv("EVERY_LANE_ARRIVES", "1")
-    sanitize_cases.show_order_to_racecheck()
+    for tool in ("", "memcheck"):
+        monkeypatch.setenv("SANITIZER", tool)
+        sanitize_cases.suit_tool()
+        assert _kernels.OPTIONS == before
+    monkeypatch.setenv("SANITIZER", "racecheck")
+    sanitize_cases.suit_tool()
     assert _kernels.OPTIONS == (*before, "-DEVERY_LANE_ARRIVES=1")
     every, one = (_kernels.compile_instance(INSTANCES[-1], "sm_90a", options)[0] for options in ((), ("-UEVERY_LANE_ARRIVES",)))
     assert every != one
+
+
+def test_products_of_cublas_begin_as_zeros_for_initcheck(monkeypatch):
+    matmul, seen = importlib.import_module("cupyq.ops.matmul"), []
+    monkeypatch.setattr(matmul, "_multiply_here", lambda cuda, device, out, *rest: seen.append(out.copy()))
+    monkeypatch.setenv("SANITIZER", "initcheck")
+    sanitize_cases.suit_tool()
+    x, weight = np.ones((2, 3)), np.ones((4, 3))
+    for transpose, bias, beta, zeros in ((True, None, 0.0, 4), (False, None, 0.0, 3), (True, x, 0.0, 0), (True, None, 0.5, 0)):
+        matmul._multiply_here(None, 0, np.ones((2, 7)), x, weight, transpose, 2, bias, 1.0, beta)
+        assert (seen[-1][:, 2 : 2 + zeros] == 0).all() and seen[-1].sum() == 2 * (7 - zeros)
 
 
 def test_every_case_and_only_files_that_are_there_are_run():

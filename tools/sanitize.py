@@ -23,8 +23,8 @@ TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 
 # The longest first, so that no process is left over at the end.
 CASES = (
-    *("quantized", "widths", "codes", "quantizing", "models", "mixtures", "caches"),
-    *("routing_and_sampling", "attentions", "adapters", "norms", "positions", "elementwise"),
+    *("exl2_models", "gptq_model", "routing_and_sampling", "quantized", "widths", "codes", "quantizing", "mixtures", "caches"),
+    *("attentions", "adapters", "norms", "positions", "elementwise"),
 )
 FILES = (
     *("qmatmul", "attention", "ops", "quantizing", "golden", "norm", "sampling", "kv_codec", "qkv_append", "decoder"),
@@ -57,7 +57,7 @@ def pytest_configure(config):
     import sanitize_cases
 
     cupy.cuda.set_allocator(None)
-    sanitize_cases.show_order_to_racecheck()
+    sanitize_cases.suit_tool()
 
 
 def command(tool, part):
@@ -79,9 +79,7 @@ def errors_in(log):
 def run(tool, part, folder, minutes):
     path, start, status = folder / f"{tool}-{part}.log", time.monotonic(), None
     folders = [str(ROOT), str(ROOT / "tools"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders), "OPENBLAS_NUM_THREADS": "1"}
-    if tool == "racecheck":
-        environment["EVERY_LANE_ARRIVES"] = "1"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders), "OPENBLAS_NUM_THREADS": "1", "SANITIZER": tool}
     with path.open("wb") as log:
         process = subprocess.Popen(command(tool, part), cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
         try:
