@@ -168,8 +168,8 @@ def _give_back_to_the_system():
         trim(0)
 
 
-def soak(mode, model_path=MODEL, backend="auto", count=None, every=None):
-    """Run -> (what was run, samples): dicts of JSON."""
+def soak(mode, model_path=MODEL, backend="auto", count=None, every=None, minutes=None):
+    """Run, until `count` are done or the minutes are over -> (what was run, samples): dicts of JSON."""
     count = COUNTS[mode] if count is None else count
     every = max(count // 200, 1) if every is None else every
     backend = _device.choose_backend(backend)
@@ -186,11 +186,14 @@ def soak(mode, model_path=MODEL, backend="auto", count=None, every=None):
     }
     samples, start, due = [], time.perf_counter(), every
     for done in MODES[mode](model_path, backend, count, every):
-        if done >= due or done >= count:
-            seconds = round(time.perf_counter() - start, 3)
+        seconds = round(time.perf_counter() - start, 3)
+        is_over = done >= count or minutes is not None and seconds > 60 * minutes
+        if done >= due or is_over:
             samples.append({"done": done, "seconds": seconds, **memory(on_gpu)})
             due = done + every
-    return about, samples
+        if is_over:
+            break
+    return about | {"count": samples[-1]["done"]}, samples
 
 
 def growth(samples, kind):
@@ -299,6 +302,7 @@ def main(arguments=None):
     parser.add_argument("mode", choices=(*MODES, "figure"))
     parser.add_argument("files", nargs="*", help="of figure: what --out wrote")
     parser.add_argument("--count", type=int, help=f"default: {', '.join(f'{k} {n}' for k, n in COUNTS.items())}")
+    parser.add_argument("--minutes", type=float, help="after which a run ends with what is done by then")
     parser.add_argument("--every", type=int, help="a sample each time so many are done (default: 200 samples)")
     parser.add_argument("--model", default=MODEL, type=Path)
     parser.add_argument("--backend", default="auto", choices=("auto", "numpy", "cupy"))
@@ -310,7 +314,7 @@ def main(arguments=None):
         out.write_text(figure(read_runs(options.files)), encoding="utf-8")
         print(out)
         return 0
-    about, samples = soak(options.mode, options.model, options.backend, options.count, options.every)
+    about, samples = soak(options.mode, options.model, options.backend, options.count, options.every, options.minutes)
     if options.out is not None:
         keep(options.out, about, samples)
     found = verdict(samples, options.limit)
