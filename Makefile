@@ -21,6 +21,9 @@ GPU_PYTHON = $(PYTHON)
 else
 GPU_PYTHON = $(if $(wildcard .venv/bin/python),.venv/bin/python,$(PYTHON))
 endif
+# $(call need,statement,message): ends a GPU target, with a line in place of a traceback, where Python refuses the statement.
+need = $(GPU_PYTHON) -c '$(1)' 2>/dev/null || { echo '$(GPU_PYTHON): $(2)'; exit 1; }
+need_gpu = $(call need,import cupy; assert cupy.cuda.is_available(),no GPU is usable: `python -m cupyq doctor` says what is missing)
 
 .PHONY: help demo test check format docs gpu sanitize bench wheel clean
 
@@ -59,16 +62,20 @@ docs: $(DOCS_STAMP)
 	@echo 'open site/index.html'
 
 gpu:
+	@$(call need,import pytest$(comma) xdist,pytest and pytest-xdist are missing: run `make test` first or name a Python that has them)
+	@$(need_gpu)
 	OPENBLAS_NUM_THREADS=1 $(GPU_PYTHON) -m pytest -q -n $(GPU_JOBS) --dist worksteal -m gpu --require-gpu --gpu-receipt tests/gpu_receipt.json
 
 # The plain run first: it fills the kernel cache, so that the sanitizer watches kernels and not the compiler.
 sanitize:
+	@$(need_gpu)
 	PYTHONPATH=. $(GPU_PYTHON) tools/sanitize_cases.py --compile
 	SANITIZER=racecheck PYTHONPATH=. $(GPU_PYTHON) tools/sanitize_cases.py --compile
 	PYTHONPATH=. $(GPU_PYTHON) tools/sanitize_cases.py
 	PYTHONPATH=. $(GPU_PYTHON) tools/sanitize.py --logs build/sanitize --minutes 60
 
 bench:
+	@$(need_gpu)
 	PYTHONPATH=. $(GPU_PYTHON) -m cupyq bench qmatmul --quick
 	PYTHONPATH=. $(GPU_PYTHON) -m cupyq bench attention --quick
 	set -e; for file in benchmarks/bench_*.py; do PYTHONPATH=. $(GPU_PYTHON) $$file; done

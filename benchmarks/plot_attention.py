@@ -27,11 +27,11 @@ KINDS = {
     "paged": ("fp16 in pages", "#56B4E9"),
     "q8": ("q8", "#E69F00"),
     "e4m3": ("e4m3", "#009E73"),
-    "fp8": ("fp8", "#F0E442"),
+    "fp8": ("fp8", "#D55E00"),
     "q6": ("q6", "#CC79A7"),
     "q4": ("q4", "#0072B2"),
 }
-WIDTH, NAMES, BAR, SPACE = 300, 170, 11, 14  # of a panel, of the names left of it, of a bar, between groups
+WIDTH, NAMES, BAR, SPACE = 180, 134, 11, 14  # of a panel, of the names left of it, of a bar, between groups
 LEFT, TOP, BOTTOM = 22, 118, 56
 
 

@@ -30,7 +30,11 @@ def read_rows(paths, family="qmatmul", key=("k", "n", "bits", "rows")):
     """{values of the key: row} of a family's rows in the files; the last one counts."""
     found = {}
     for path in paths:
-        for number, line in enumerate(Path(path).read_text().splitlines(), 1):
+        try:
+            lines = Path(path).read_text().splitlines()
+        except OSError as error:
+            raise SystemExit(f"{path}: {error.strerror}; give files that `cupyq bench {family} --out` wrote") from None
+        for number, line in enumerate(lines, 1):
             try:
                 row = json.loads(line)
             except ValueError:

@@ -52,7 +52,7 @@ def _blocks(lines):
             blocks.append("```pycon\n" + "\n".join(run) + "\n```")
         elif kinds[start] == "text":
             blocks += [escaped(" ".join(sentences)) for sentences in _paragraphs([line.strip() for line in run])]
-        elif all(line.lstrip().startswith("|") for line in run):
+        elif all(_is_row(line) for line in run):
             blocks.append("\n".join(line.strip() for line in run))  # a table of Markdown already
         else:
             least = min(len(line) - len(line.lstrip()) for line in run)
@@ -103,14 +103,23 @@ def _as_code(names):
 def _kind(line):
     if line.lstrip().startswith(">>>"):
         return "doctest"
-    if line.startswith("    ") or line.startswith("|"):
+    if line.startswith("    ") or _is_row(line):
         return "table"
     return "table" if _COLUMNS.search(_CODE.sub("`", line)) else "text"
 
 
+def _is_row(line):
+    """Whether a line is one of a table of Markdown; `|x|, a size` is none."""
+    return re.fullmatch(r"\s*\|.*\|\s*", line) is not None
+
+
 def _with_headline(first, line):
-    """The first paragraph with the docstring's first line set apart."""
+    """The first paragraph with the docstring's first line set apart, and the lines on which its sentence goes on."""
     headline = escaped(line.strip())
+    rest = first.removeprefix(headline)
+    if rest and not headline.endswith((".", ":")):
+        ends = re.search(r"[.:](?=\s|$)", rest)
+        headline += rest[: ends.end()] if ends else rest
     rest = first.removeprefix(headline).strip()
     return f"**{headline}**" + (f"\n\n{rest}" if rest else "")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 
-_COLUMNS = 80  # of a page beside its table of contents
+_COLUMNS = 94  # of a page beside its table of contents
 
 
 def on_page_markdown(markdown, **_):
