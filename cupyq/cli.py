@@ -18,22 +18,22 @@ from cupyq.quantize import arguments as quantize_arguments
 
 EXAMPLES = """\
 examples:
-  cupyq doctor                                            is the GPU ready, and if not, what mends it
-  cupyq inspect MODEL                                     sizes and bits of every layer
-  cupyq generate MODEL --prompt "Once upon a time"        text, as it is made
-  cupyq generate MODEL --tokens 1,15043 --greedy --json   token ids in and out, for scripts
-  cupyq generate MODEL --prompt "Dear" --lora STYLE=0.8   with a LoRA adapter, a PEFT folder
-  cupyq generate MODEL --prompt "Once" --tp 2             on two GPUs
-  mpirun -n 4 cupyq generate MODEL --prompt "Once" --tp   on four, a process for each
-  cupyq perplexity MODEL --text val.txt --reference FP16  what quantizing cost
-  cupyq perplexity MODEL --text val.txt --cache q4        what a cache of 4 bits costs
-  cupyq quantize FP16 OUT --bits 3 --calibration wiki.txt an EXL2 model of 3 bits per weight
-  cupyq compile --arch sm_80 sm_90a                       fill the kernel cache, also without a GPU
-  cupyq bench qmatmul --bits 4 --rows 1,16                products with quantized weights, against the limit
-  cupyq bench attention --quick                           decoding and prompts over plain and quantized caches
-  cupyq bench quantize --quick                            the steps of making quantized weights, against the limit
+  cupyq doctor                                             what is missing, and what mends it
+  cupyq inspect MODEL                                      sizes and bits of every layer
+  cupyq generate MODEL --prompt "Once upon a time"         text, as it is made
+  cupyq generate MODEL --tokens 1,15043 --greedy --json    token ids in and out, for scripts
+  cupyq generate MODEL --prompt "Dear" --lora STYLE=0.8    with a LoRA adapter, a PEFT folder
+  cupyq generate MODEL --prompt "Once" --tp 2              on two GPUs
+  mpirun -n 4 cupyq generate MODEL --prompt "Once" --tp    on four, a process for each
+  cupyq perplexity MODEL --text val.txt --reference FP16   what quantizing cost
+  cupyq perplexity MODEL --text val.txt --cache q4         what a cache of 4 bits costs
+  cupyq quantize FP16 OUT --bits 3 --calibration wiki.txt  an EXL2 model of 3 bits per weight
+  cupyq compile --arch sm_80 sm_90a                        fill the kernel cache, GPU or not
+  cupyq bench qmatmul --bits 4 --rows 1,16                 products, against the limit
+  cupyq bench attention --quick                            attention over plain and q4 caches
+  cupyq bench quantize --quick                             the steps of the quantizer
 
-MODEL is a folder with config.json and *.safetensors: EXL2, GPTQ or float16.
+MODEL is a folder with config.json and *.safetensors: EXL2, GPTQ, float16 or bfloat16.
 """
 
 

@@ -3,6 +3,7 @@
 import datetime
 import functools
 import hashlib
+import importlib.util
 import json
 import os
 import platform
@@ -47,6 +48,16 @@ def pytest_runtest_setup(item):
         if item.config.getoption("--require-gpu"):
             pytest.fail("--require-gpu was given and no GPU is usable here")
         pytest.skip("no GPU here")
+
+
+HAS_CUPY = importlib.util.find_spec("cupy") is not None
+collect_ignore = [] if HAS_CUPY else ["test_sanitize.py"]  # which imports tools that do
+
+
+def needs_cupy():
+    """Skips where CuPy, which compiles kernels without a GPU too, is not installed; `make test` installs it."""
+    if not HAS_CUPY:
+        pytest.skip("CuPy is not installed")
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from unittest import mock
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import exact_bound
+from conftest import exact_bound, needs_cupy
 from kernel_checks import is_hopper, sylvester
 
 from cupyq import _device, _kernels
@@ -575,6 +575,7 @@ def test_blocks_suffice_for_rows_of_any_lengths():
 @pytest.mark.parametrize("arch", ["sm_75", "sm_86", "sm_90a", "sm_100a"])
 def test_wide_heads_do_not_spill(arch):
     """The widest accumulators, with the tiles each GPU gets; the common sizes are among INSTANCES."""
+    needs_cupy()
     kinds = ("q8", "q4") if arch == "sm_75" else ()  # whose blocks are the smallest: a thread loads the most
     for wanted in (
         module._prefill_instance(DTYPES[0], 256, module.pick_prefill_config(256, arch), *kinds),

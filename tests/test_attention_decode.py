@@ -7,7 +7,7 @@ import re
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import exact_bound
+from conftest import exact_bound, needs_cupy
 from kernel_checks import sylvester
 
 from cupyq import _device, _kernels
@@ -367,6 +367,7 @@ def test_blocks_of_an_h100_live_together():
 @pytest.mark.parametrize("kinds", [("dense", "dense"), ("q8", "q4")], ids=str)
 def test_wide_heads_do_not_spill(arch, kinds):
     """The widest accumulators, with the tiles each GPU gets; the common sizes are among INSTANCES."""
+    needs_cupy()
     wanted = module._decode_instance(float16, 256, module.pick_decode_config(256, arch, *kinds), *kinds)
     _, _, log = _kernels.compile_instance(wanted, arch, ("--ptxas-options=-v",))
     assert re.findall(r"(\d+) bytes spill stores", log) == ["0"], f"{wanted} on {arch}: {log}"

@@ -8,7 +8,7 @@ import types
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import exact_bound
+from conftest import exact_bound, needs_cupy
 from kernel_checks import banded, compile_on_hopper, is_hopper, random
 
 from cupyq import _kernels, _tensor_maps
@@ -47,6 +47,7 @@ def test_tiles_fit_shared_memory():
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_products_are_not_serialised(head_dim):
     """ptxas says so (C7510 and others) where it must wait for every single product, at half the speed."""
+    needs_cupy()
     config = wgmma.pick_attention_wgmma_config(head_dim)
     for has_softcap in (False, True):
         wanted = wgmma.attention_wgmma_instance(float16, head_dim, config, has_softcap)

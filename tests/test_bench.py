@@ -1070,6 +1070,9 @@ def test_figures_of_no_attention_are_refused(tmp_path):
     path.write_text("us 12\n")
     with pytest.raises(SystemExit, match="rows.jsonl:1: not a JSON object"):
         plot_attention.read_rows([path])
+    path.unlink()
+    with pytest.raises(SystemExit, match="rows.jsonl: No such file or directory; give files that `cupyq bench attention"):
+        plot_attention.read_rows([path])
 
 
 @pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "benchmarks").glob("bench_*.py")))

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, needs_cupy
 
 from cupyq import _device, _kernels, cli, doctor
 from cupyq.cli import main
@@ -346,6 +346,7 @@ def two_kernels(monkeypatch, tmp_path):
 
 
 def test_compile_fills_the_cache(two_kernels, run_json, monkeypatch):
+    needs_cupy()
     result, _ = run_json("compile", "--arch", "sm_80", "sm_90", "sm_90a")  # the last two are one
     assert result["kernels"] == 4 and result["seconds"] > 0
     files = sorted(path.name for path in two_kernels.glob("*.cubin"))
@@ -370,6 +371,7 @@ def test_every_listed_kernel_is_compiled():
     [("90a", "must look like sm_90a"), ("sm_91", "know sm_75"), ("sm_60", "know sm_75"), ("sm_", "must look like")],
 )
 def test_compile_refuses_unknown_architectures(two_kernels, refused, arch, says):
+    needs_cupy()
     assert says in refused("compile", "--arch", arch)
 
 
@@ -481,6 +483,7 @@ def test_text_without_a_tokenizer(refused, copy, arguments):
 
 @pytest.mark.parametrize("command", ["generate", "perplexity"])
 def test_cupy_without_a_gpu(refused, monkeypatch, command):
+    needs_cupy()
     monkeypatch.setattr(_device, "count", lambda: 0)
     line = refused(command, EXL2, *MODEL_COMMANDS[command], "--backend", "cupy")
     assert "no usable GPU" in line and "numpy" in line

@@ -276,6 +276,14 @@ def test_the_site_asks_no_other_host_for_anything(site):
         assert not loaded.findall(path.read_text()), path.name
 
 
+def test_the_site_can_be_searched_where_pages_are_files(site):
+    """Without a server there is no worker, and no JSON can be fetched: the index is a script, and a stand-in comes first."""
+    assert (site / "search/search_index.js").read_text().startswith("var __index = {")
+    for page in ("index.html", "how-to/serve.html"):
+        scripts = re.findall(r'<script src="([^"]+)"', (site / page).read_text())
+        assert scripts[0].endswith("assets/iframe-worker.js") and (site / page).parent.joinpath(scripts[0]).exists()
+
+
 def test_the_site_shows_docstrings_commands_and_examples(site):
     ops = (site / "reference/ops.html").read_text()
     assert 'id="cupyq.ops.norm.rms_norm"' in ops and "1910.07467" in ops
@@ -300,6 +308,13 @@ def to_markdown():
 def test_a_formula_is_not_taken_for_markup(to_markdown):
     assert to_markdown("y = x * w * v, x [..., n] < 2") == r"**y = x \* w \* v, x \[..., n\] &lt; 2**"
     assert to_markdown("A *stored row* of `x**2`.") == "**A *stored row* of `x**2`.**"
+
+
+def test_the_first_sentence_stands_out_whole(to_markdown):
+    assert to_markdown("Scales, and\nthe bias, of a layer. In bits.") == "**Scales, and the bias, of a layer.**\n\nIn bits."
+    assert to_markdown("y = x, plus\n`bias`\n\nShapes.") == "**y = x, plus `bias`**\n\nShapes."
+    assert to_markdown("|x|, a size.") == "**&#124;x&#124;, a size.**"
+    assert to_markdown("Sizes.\n\n| a | b |\n|---|---|\n| 1 | 2 |").endswith("| a | b |\n|---|---|\n| 1 | 2 |")
 
 
 def test_columns_and_doctests_keep_their_lines(to_markdown):

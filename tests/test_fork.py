@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, needs_cupy
 
 from cupyq import _fork
 from cupyq.errors import BackendError
@@ -74,6 +74,7 @@ calls = {
 
 def test_a_child_of_a_process_that_used_cuda_is_told_so():
     """Also where CuPy alone would compute: it is asked for memory, and raises what cupyq has it raise."""
+    needs_cupy()
     code = "_fork.is_cuda_used = lambda: True\n" + PRETENDED + "calls.pop('launch')" + NUMPY_CALLS + CHILD
     lines = run(code + "_fork.refuse()\nprint('parent', _device.count())")
     assert [line.split(" raised ")[0] for line in lines[:5]] == ["count", "current", "load", "op", "memory"]
@@ -90,12 +91,14 @@ def test_so_are_its_own_children():
 
 
 def test_a_child_of_a_process_that_imported_cupyq_is_not_affected():
+    needs_cupy()
     lines = run("import cupy\ncalls = {'refuse': _fork.refuse}" + NUMPY_CALLS + CHILD, CUDA_VISIBLE_DEVICES="")
     assert lines == ["refuse gave None", *NUMPY_LINES, "child 0"]
 
 
 def test_a_child_does_not_wait_for_threads_that_it_does_not_have(tmp_path):
     """One that was compiling when the process forked, and held the locks of its kernel and of the announcement."""
+    needs_cupy()
     code = """
 from cupyq.ops.norm import INSTANCES
 wanted = INSTANCES[0]

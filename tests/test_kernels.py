@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, needs_cupy
 
 from cupyq import _arrays, _device, _kernels, _launch
 from cupyq._kernels import Instance, compile_all, compile_instance, compiled, instance
@@ -35,6 +35,7 @@ template <typename T, int times> __global__ void scale(T *y, int n) {
 @pytest.fixture
 def sources(tmp_path, monkeypatch):
     """A cu/ folder of this test's own, with one kernel and one header."""
+    needs_cupy()
     folder = tmp_path / "cu"
     folder.mkdir()
     (folder / "scale.cu").write_text(SOURCE)
@@ -738,6 +739,7 @@ class FakeDriver:
 @pytest.fixture
 def driver(monkeypatch):
     """A driver without a GPU that notes launches. Its `device`, `stream` and `arch` are the current ones."""
+    needs_cupy()
     import cupy
 
     fake = FakeDriver()
@@ -929,6 +931,7 @@ def test_threads_share_a_stream_without_mixing_their_arguments(driver):
 
 
 def test_what_launch_takes_from_cupy_is_there():
+    needs_cupy()
     array = fake_array(4, 4)
     assert array._c_contiguous and not array.T._c_contiguous and array[1:]._c_contiguous
     _arrays.check(array, "x")

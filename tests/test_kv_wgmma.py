@@ -6,6 +6,7 @@ import itertools
 import ml_dtypes
 import numpy as np
 import pytest
+from conftest import needs_cupy
 from kernel_checks import banded, compile_on_hopper, is_hopper
 from test_attention_decode import cache_of, int32, paged, poison, problem_of, unused_slots, uploaded, verify_result
 
@@ -55,6 +56,7 @@ def test_which_codes_take_the_kernel():
 
 @pytest.mark.parametrize("kinds", [("q8", "q8"), ("e4m3", "q4")], ids=str)
 def test_products_are_not_serialised_and_nothing_spills(kinds):
+    needs_cupy()
     for head_dim, has_softcap in ((64, True), (128, False), (128, True)):
         config = wgmma.pick_attention_wgmma_config(head_dim)
         wanted = wgmma.attention_wgmma_instance(float16, head_dim, config, has_softcap, *kinds)

@@ -166,7 +166,8 @@ def test_names():
 def test_shares_are_the_decimals_they_are_written_as():
     """0.6 + 0.3 + 0.1 is below 1 in floats, and 55 % of 100 blocks above 55."""
     layout = Layout.parse("4x.6g32+3x.3g32+2x.1g32")
-    assert sum(part.share for part in layout.parts) != 1
+    six, three, one = (part.share for part in layout.parts)
+    assert six + three + one < 1  # Python's sum makes up for roundings, from 3.12 on
     assert [bits for bits, _ in Layout.parse("4x.55g32+3x.45g32").groups(3200)].count(4) == 55
 
 

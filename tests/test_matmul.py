@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import exact_bound, golden
+from conftest import exact_bound, golden, needs_cupy
 from kernel_checks import same_bits
 
 from cupyq.errors import BackendError
@@ -190,6 +190,7 @@ class FakeBlas:
 @pytest.fixture
 def blas(monkeypatch):
     """CuPy arrays in host memory, made by `blas.array`, and a cuBLAS that reads them. `blas.stream` is the current stream."""
+    needs_cupy()
     import cupy
 
     fake = FakeBlas()
@@ -311,6 +312,7 @@ def test_a_refusal_of_cublas_is_explained(blas, step, says):
 
 
 def test_without_cublas_the_error_names_the_mend(monkeypatch):
+    needs_cupy()
     import cupy
 
     monkeypatch.setattr(cupy.cuda.runtime, "runtimeGetVersion", lambda: 12090)

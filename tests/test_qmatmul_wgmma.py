@@ -5,7 +5,7 @@ import math
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import exact_bound
+from conftest import exact_bound, needs_cupy
 from kernel_checks import is_hopper
 
 from cupyq import QMatrix, _kernels
@@ -84,6 +84,7 @@ def test_large_products_keep_every_multiprocessor_busy():
 @pytest.mark.parametrize("rows", [64, 128])
 def test_products_are_not_serialised(rows):
     """ptxas says so (C7510 and others) where it must wait for every single product, at half the speed."""
+    needs_cupy()
     wanted = wgmma.wgmma_instance(np.float16, False, ONLY_4, rows, 2)
     log = _kernels.compile_instance(wanted, "sm_90a", ("--ptxas-options=-v",))[2]
     assert "Used 168 registers" in log and "serialized" not in log, log

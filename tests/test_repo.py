@@ -29,7 +29,7 @@ from compile_checks import (
     to_compile,
     to_compile_to_ptx,
 )
-from conftest import ROOT, digest_of, receipt_state, source_digests
+from conftest import ROOT, digest_of, needs_cupy, receipt_state, source_digests
 
 import cupyq
 from cupyq import _kernels
@@ -310,6 +310,7 @@ def without_comments(text):
 def test_every_instance_compiles_without_spilling(arch, file, request, record_property):
     """Without a GPU: all instances, or a share where the receipt says that all were compiled as they are now. What a
     compilation gave is kept in the cache of pytest until its text changes."""
+    needs_cupy()
     if not compile_checks.is_receipted(file):
         record_property("not in the receipt", f"{file}.cu")
     cache = getattr(request.config, "cache", None)
@@ -326,6 +327,7 @@ def test_every_instance_compiles_without_spilling(arch, file, request, record_pr
 
 def test_no_kernel_adds_floats_atomically():
     """Read off the compiled text, as atomicAdd is legal on integers."""
+    needs_cupy()
     suspects = to_compile_to_ptx()
     texts = in_threads(ptx_of, suspects)
     assert {str(i): float_atomics_in(text) for i, text in zip(suspects, texts, strict=True) if float_atomics_in(text)} == {}
@@ -344,6 +346,7 @@ def test_a_share_has_every_instance_and_every_kernel_for_every_target():
 @pytest.mark.parametrize("name", ["cu/rms_norm.cu", "cu/norm.cuh", "instances", "archs", "options", "nvrtc", "checks", "entry"])
 def test_the_compile_receipt_covers_only_what_was_compiled(name, monkeypatch):
     """Whatever a compilation depends on: once it changes, all instances of the file are compiled again."""
+    needs_cupy()
     file, (texts, digest) = "rms_norm", _kernels._sources()
     is_receipted = compile_checks.is_receipted.__wrapped__
     entries = {file: compile_checks.digest_of_file(file)}
@@ -371,6 +374,7 @@ def test_the_compile_receipt_covers_only_what_was_compiled(name, monkeypatch):
 
 
 def test_the_compile_receipt_names_what_was_compiled_without_fault(tmp_path, monkeypatch):
+    needs_cupy()
     digests = {file: compile_checks.digest_of_file(file) for file in ("softcap", "group_rows")}
     listed = {file: instances_by_file()[file] for file in digests}
     pairs = {file: {(i, arch) for i in listed[file] for arch in TARGET_ARCHS} for file in digests}
@@ -499,7 +503,7 @@ def test_every_test_file_has_something_to_test():
     stems |= {f"{folder.name}_{path.stem.lstrip('_')}" for folder in folders for path in folder.glob("*.py")}
     tests = {path.stem.removeprefix("test_") for path in (ROOT / "tests").glob("test_*.py")}
     of_several = {"repo", "docs", "examples", "golden", "blocks", "fuzz", "ext_hostile", "qmatmul_before"}
-    of_several |= {"quantize_architectures", "isolation", "sanitize", "soak", "tp_serve"}
+    of_several |= {"quantize_architectures", "isolation", "sanitize", "soak", "other_nvrtc", "tp_serve"}
     assert tests - stems - of_several == set()
 
 

@@ -79,6 +79,11 @@ def test_growth_is_the_slope_times_what_is_left():
     assert slope == pytest.approx(7 * 89) and difference == 7 * 89  # samples 11 to 100
 
 
+def test_a_run_ends_when_its_time_is_up():
+    about, samples = soak.soak("loads", backend="numpy", count=10**6, every=2, minutes=0.01)
+    assert about["count"] == samples[-1]["done"] < 1000 and samples[-1]["seconds"] > 0.6
+
+
 def test_too_few_samples_are_not_taken_for_good_ones():
     with pytest.raises(ValueError, match="too few to see growth"):
         soak.verdict(samples_of([1] * 4), 4.0)

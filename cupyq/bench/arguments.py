@@ -6,15 +6,19 @@ from cupyq._arguments import add_backend, whole
 
 FAMILIES = """\
 families:
-  qmatmul   products with quantized weights, every width and number of rows, beside cuBLAS, PyTorch's int4 and exllamav2
-  attention decoding and prompts over contiguous, paged and quantized caches, beside PyTorch's FlashAttention and cuDNN
-  model     a model of random weights: tokens per second, loading, the first token
-  quantize  the steps of making quantized weights: scales, rows, Hessians, matrices, a layer
-  serve     many texts at a time: tokens per second, in all and for each, and what the host adds; guesses ahead
-  tp        over several GPUs: sums of 4 KB to 64 MB, by NCCL and our kernels; tokens per second of a split model
+  qmatmul    products with quantized weights, every width and number of rows, beside cuBLAS,
+             PyTorch's int4 and exllamav2
+  attention  decoding and prompts over contiguous, paged and quantized caches, beside
+             PyTorch's FlashAttention and cuDNN
+  model      a model of random weights: tokens per second, loading, the first token
+  quantize   the steps of making quantized weights: scales, rows, Hessians, matrices, a layer
+  serve      many texts at a time: tokens per second, in all and for each, and what the host
+             adds; guesses ahead
+  tp         over several GPUs: sums of 4 KB to 64 MB, by NCCL and by cupyq's kernels; tokens
+             per second of a split model
 
-Without a family: a short qmatmul table. Everything is verified before it is timed, and compared with what this machine can
-do at most, measured in the same run.
+Without a family: a short qmatmul table. Everything is verified before it is timed, and
+compared with what this machine can do at most, measured in the same run.
 """
 
 

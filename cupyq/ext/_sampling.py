@@ -138,8 +138,9 @@ def sample_basic(
       tfs        descending; tokens whose second differences sum up to tfs of their total, and one more
       typical    by |y - E[y]| ascending with y = p + ln p, up to the token that reaches `typical`, exclusive
       mirostat   descending; p >= 2**-mu
-      temperature afterwards: p**(1 / T), T = post_temperature, or where max_temp > min_temp T = min_temp + (max_temp -
-                 min_temp) * (entropy / ln n)**temp_exponent
+      post_temperature
+                 p**(1 / T), T = post_temperature, or where max_temp > min_temp T = min_temp + (max_temp - min_temp) *
+                 (entropy / ln n)**temp_exponent
       XTC        with at least two tokens of p >= xtc_threshold and xtc_mask (bool [vocab]; None: all), every one but the
                  least likely of them becomes p * (1 - xtc_probability), the others grow to fill the sum
       skew       random becomes random**exp(-skew)

@@ -1,6 +1,7 @@
 """Settings of batched ops: each is one number for all rows or an array [rows], on the host or on the device."""
 
 import operator
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -169,7 +170,7 @@ class SettingTable:
         unknown = [setting for setting in settings if setting not in self.specification]
         if unknown:
             raise TypeError(f"{name} has no setting {unknown[0]!r}, only {', '.join(self.specification)}")
-        if xp is not np and xp is not require_cupy():
+        if xp is not np and xp is not sys.modules.get("cupy", np):
             raise TypeError(f"xp must be numpy or cupy, got {xp!r}")
         if isinstance(rows, bool) or not isinstance(rows, (int, np.integer)) or rows < 0:
             raise ValueError(f"rows must be a whole number of 0 or more, got {rows!r}")

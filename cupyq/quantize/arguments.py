@@ -10,9 +10,10 @@ from cupyq._arguments import add_backend, whole
 HEAD_BITS = (2, 3, 4, 5, 6, 8)  # cupyq.quantize.layouts.HEAD_LAYOUTS, which is not loaded for --help
 
 NOTES = """\
-What is done lies in OUT.partial: a run that was killed goes on with --resume, to the same bytes. OUT holds, besides the
-model, quantization.md and quantization.svg (bits and errors of every layer) and measurement.json, which saves the larger
-part of the work when the same model is wanted with other bits: --measurement OUT/measurement.json.
+What is done lies in OUT.partial: a run that was killed goes on with --resume, to the same
+bytes. OUT holds, besides the model, quantization.md and quantization.svg (bits and errors of
+every layer) and measurement.json, which saves the larger part of the work when the same model
+is wanted with other bits: --measurement OUT/measurement.json.
 """
 
 
