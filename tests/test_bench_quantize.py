@@ -61,7 +61,7 @@ def test_what_cannot_be_measured_is_refused_on_one_line(capsys, arguments, messa
 
 def test_the_command_line_says_what_there_is(capsys):
     assert main(["bench", "--help"]) == 0
-    assert "quantize  the steps of making quantized weights" in capsys.readouterr().out
+    assert "the steps of making quantized weights" in capsys.readouterr().out
     assert main(["bench", "quantize", "--help"]) == 0
     text = capsys.readouterr().out
     for option in ("--shape", "--shapes", "--layouts", "--tokens", "--quick", "--backend", "--json", "--out"):

@@ -25,7 +25,7 @@ if (child := os.fork()) == 0:
             print(name, "raised", type(error).__name__, error)
     sys.stdout.flush()
     os._exit(0)
-print("child", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+print("child", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 START = f"""
