@@ -91,7 +91,7 @@ def test_a_key_that_says_the_same_twice(path):
 def test_what_is_no_regular_file(path, tmp_path):
     assert refused(path) == "cannot be opened (No such file or directory)"
     assert refused(tmp_path) == "cannot be opened (Is a directory)"
-    with pytest.raises(FormatError, match=r"a\\x00: cannot be opened \(embedded null byte\); mend it"):
+    with pytest.raises(FormatError, match=r"a\\x00: cannot be opened \(.*embedded null.*\); mend it"):
         read_json(tmp_path / "a\0", hint="mend it")
     assert refused(tmp_path / ("a" * 300)) == "cannot be opened (File name too long)"
     path.symlink_to(path)
