@@ -12,8 +12,8 @@ every kind of memory. Before each sample Python's garbage is collected, as what 
 """
 
 import argparse
-import contextlib
 import ctypes
+import functools
 import gc
 import json
 import os
@@ -139,23 +139,31 @@ class _OfProcess(ctypes.Structure):
     _fields_ = [("pid", ctypes.c_uint), ("used", ctypes.c_ulonglong), ("instance", ctypes.c_uint), ("compute", ctypes.c_uint)]
 
 
+@functools.cache
+def _nvml_query(place):
+    """(NVML's query of the processes of a GPU, its handle of the GPU at a place of the PCI bus); None where it has none."""
+    device = ctypes.c_void_p()
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+        failed = nvml.nvmlInit_v2() or nvml.nvmlDeviceGetHandleByPciBusId_v2(place.encode(), ctypes.byref(device))
+        return None if failed else (nvml.nvmlDeviceGetComputeRunningProcesses_v3, device)
+    except (OSError, AttributeError):  # no driver, or an older one
+        return None
+
+
 def device_bytes(cuda):
     """Memory of the current GPU that this process has, its context included.
 
     NVML tells it by process; where it does not know this one, as in some containers, it is what all have together, among whom
     there should be no other then. Source: NVML API reference, Device Queries.
     """
-    with contextlib.suppress(OSError, AttributeError):
-        nvml, device, count = ctypes.CDLL("libnvidia-ml.so.1"), ctypes.c_void_p(), ctypes.c_uint(256)
+    if (found := _nvml_query(cuda.Device().pci_bus_id)) is not None:
+        query, device = found
+        count = ctypes.c_uint(256)
         processes = (_OfProcess * count.value)()
-        place = cuda.Device().pci_bus_id.encode()
-        asked = (
-            nvml.nvmlInit_v2(),
-            nvml.nvmlDeviceGetHandleByPciBusId_v2(place, ctypes.byref(device)),
-            nvml.nvmlDeviceGetComputeRunningProcesses_v3(device, ctypes.byref(count), processes),
-        )
+        failed = query(device, ctypes.byref(count), processes)
         mine = [p.used for p in processes[: count.value] if p.pid == os.getpid() and p.used < 1 << 60]
-        if not any(asked) and mine:
+        if mine and not failed:
             return mine[0]
     free, total = cuda.runtime.memGetInfo()
     return total - free
