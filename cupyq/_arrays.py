@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 
 from cupyq import _fork
+from cupyq._recording import recording
 from cupyq.errors import BackendError
 
 float16 = np.dtype(np.float16)
@@ -144,10 +145,19 @@ def _is_shape(found, shape):
     return len(shape) == len(found) and all(s is None or s == t for s, t in zip(shape, found, strict=True))
 
 
+def new_array(xp, shape, dtype, *, zeros=False):
+    """Memory that an op makes for one call, as its result or to work in: unset, or zeros."""
+    make = xp.zeros if zeros else xp.empty
+    array = make(shape, dtype)
+    if recording.record is not None:
+        recording.record.made.append((make, array))
+    return array
+
+
 def output(xp, out, shape, dtype, name="out"):
     """`out` after checking that it can take the result, or a new array where it is None."""
     if out is None:
-        return xp.empty(shape, dtype)
+        return new_array(xp, shape, dtype)
     if not isinstance(out, xp.ndarray) and namespace(**{name: out}) is not xp:
         raise TypeError(f"{name} must be an array of {xp.__name__}, as the inputs are, got {type(out).__module__}")
     check(out, name, dtype=dtype, shape=shape, writes=True)

@@ -2,10 +2,15 @@
 
 import numpy as np
 
+from cupyq._recording import spoil
+
 
 def to_host(array):
     """The array where it is NumPy's, else a copy on the host, which waits for what the current stream holds."""
-    return array if isinstance(array, np.ndarray) else array.get()
+    if isinstance(array, np.ndarray):
+        return array
+    spoil()
+    return array.get()
 
 
 def copy_values(source, target):
@@ -13,4 +18,5 @@ def copy_values(source, target):
     if isinstance(target, np.ndarray):
         target[...] = source
     else:
+        spoil()
         target.data.copy_from_device_async(source.data, target.nbytes)

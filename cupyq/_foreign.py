@@ -15,8 +15,11 @@ from typing import Any
 
 import numpy as np
 
+from cupyq import _replay
 from cupyq._arrays import bfloat16, first_line, is_cupy, require_cupy
 from cupyq._capsules import DLPACK_BFLOAT, DLPACK_INT, Retyped, is_read_only
+from cupyq._kernels import is_tracing
+from cupyq._recording import recording
 from cupyq.errors import BackendError
 
 _CPU_DEVICES = (1, 3)  # DLPack device types: host memory, page-locked host memory
@@ -33,6 +36,8 @@ class _ForeignKinds(dict[type, bool]):
         self[kind] = not is_native and (hasattr(kind, "__dlpack__") or hasattr(kind, _INTERFACE))
         if not self[kind]:
             _native_types.add(kind)
+        elif _package_of(kind) == "torch" and kind.__name__ in ("Tensor", "Parameter"):  # not what stands for one in a trace
+            _replay.describers[kind] = _describe_tensor
         return self[kind]
 
 
@@ -44,16 +49,17 @@ def _foreign_of(arguments):
     return {name: value for name, value in arguments.items() if _is_foreign[type(value)]}
 
 
-def accepts_dlpack(op=None, *, writes=("out", "workspace")):
+def accepts_dlpack(op=None, *, writes=("out", "workspace"), replays=False):
     """Decorator for public ops: arrays of any DLPack framework in, arrays of the same framework out.
 
     PyTorch, JAX and Numba callers get their own arrays back, and the very object they passed where the op wrote into it;
     callers from other frameworks get NumPy or CuPy arrays. Arrays on a GPU that speak no DLPack come by the CUDA array
     interface. `writes` names the arguments the op writes to; read-only arrays (such as JAX's) are refused there. NumPy
-    and CuPy callers pay one type look-up per argument.
+    and CuPy callers pay one type look-up per argument. `replays`: all that a call does on a GPU are launches that follow from
+    what `_replay.key_of` looks at, so that calls which come again need not be looked at again.
     """
     if op is None:
-        return functools.partial(accepts_dlpack, writes=writes)
+        return functools.partial(accepts_dlpack, writes=writes, replays=replays)
     signature = inspect.signature(op)
     names, known = tuple(signature.parameters), frozenset(signature.parameters)
     positional = sum(parameter.kind is parameter.POSITIONAL_OR_KEYWORD for parameter in signature.parameters.values())
@@ -70,7 +76,39 @@ def accepts_dlpack(op=None, *, writes=("out", "workspace")):
             signature.bind(*args, **kwargs)  # raises; where nothing is wrong it would take longer than all the rest
         return _call_with_foreign(op, arguments, foreign, writes)
 
-    return edge
+    edge.writes = frozenset(writes)  # type: ignore[attr-defined]
+    return _replaying(op, edge) if replays else edge
+
+
+def _replaying(op, edge):
+    """`edge`, by which calls that come again are launched again."""
+
+    @functools.wraps(edge)
+    def again(*args, **kwargs):
+        key = None if is_tracing() or recording.record is not None else _replay.key_of(op, args, kwargs)
+        if key is None:
+            return edge(*args, **kwargs)
+        call = _replay.find(key)
+        if call is None:
+            return _replay.first_calls(key, edge, args, kwargs)
+        cuda, device_id = sys.modules["cupy"].cuda, call.device_id
+        if cuda.runtime.getDevice() != device_id:
+            return edge(*args, **kwargs)
+        pointer = _torch_stream(device_id) if call.is_foreign else None
+        if pointer is None or cuda.get_current_stream(device_id).ptr == pointer:
+            result = call.again((*args, *kwargs.values()))
+        else:
+            with stream_at(pointer, device_id):
+                result = call.again((*args, *kwargs.values()))
+        return edge(*args, **kwargs) if result is _replay.MISALIGNED else result
+
+    return again
+
+
+def _describe_tensor(tensor):
+    if tensor.requires_grad or not tensor.is_contiguous() or (device_id := tensor.get_device()) < 0:
+        return None
+    return tensor.data_ptr(), tensor.shape, tensor.dtype, device_id
 
 
 def _call_with_foreign(op, arguments, foreign, writes):

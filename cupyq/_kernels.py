@@ -22,6 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cupyq import _arrays, _device, _fork, _launch
+from cupyq._recording import recording
 from cupyq.errors import BackendError
 
 SOURCE_FOLDER = Path(__file__).parent / "cu"
@@ -330,6 +331,8 @@ def launch(wanted, grid, block, arguments, shared_bytes=0):
     if _tracing.noted is not None:
         _tracing.noted.append((wanted, _device.info(device_id).arch))
         return
+    if (record := recording.record) is not None:
+        record.launches.append((wanted, device_id, layout, grid, block, values, shared_bytes))
     cuda = sys.modules["cupy"].cuda
     if device_id == cuda.runtime.getDevice():
         launch_here(wanted, device_id, layout, grid, block, values, shared_bytes, cuda)

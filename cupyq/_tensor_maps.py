@@ -12,6 +12,7 @@ import numpy as np
 from cupyq import _launch
 from cupyq._arrays import bfloat16, float16
 from cupyq._kernels import is_tracing
+from cupyq._recording import recording
 from cupyq.errors import BackendError
 
 MAP_BYTES = 128
@@ -29,6 +30,8 @@ def tensor_maps(*maps):
     """
     if is_tracing():  # nothing is launched, and the arrays will not come back
         return np.void(bytes(PADDING_BYTES + len(maps) * MAP_BYTES))
+    if recording.record is not None:
+        recording.record.hidden += [_address(array) for array, _, _ in maps]
     packed = (_tensor_map(_address(array), array.dtype, shape, box) for array, shape, box in maps)
     return np.void(bytes(PADDING_BYTES) + b"".join(packed))
 

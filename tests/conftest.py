@@ -68,6 +68,14 @@ def cupy():
     return cupy
 
 
+@pytest.fixture(autouse=True)
+def _forget_calls():
+    """A test that replaces what picks a kernel must not find launches of another one, nor leave its own."""
+    yield
+    if "cupyq._replay" in sys.modules:
+        sys.modules["cupyq._replay"].forget()
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _return_gpu_memory():
     """A module's arrays go back to the driver, so that one module's pool is not missing in the next."""

@@ -29,7 +29,7 @@ class Callee:
     def __init__(self, name, function):
         self.name, self.function = name, function
         self.parameters = inspect.signature(function).parameters
-        self.writes = frozenset(inspect.getclosurevars(function).nonlocals["writes"])
+        self.writes = function.writes
         self.names = frozenset(self.parameters)
         """What its errors may name, besides the parts of arguments."""
 
@@ -301,7 +301,7 @@ PRODUCT_TOLERANCE = TOLERANCE | {float32: 1e-3}
 
 def compare(callee, results, expected, call, copies):
     """Results and what was written in place, against those of the plain call."""
-    pairs = [("result", *pair) for pair in zip(_flat(results), _flat(expected), strict=True)]
+    pairs = [("result", *pair) for pair in zip(flat(results), flat(expected), strict=True)]
     written = [argument for argument in call.arrays if callee.may_write(argument) and argument != "workspace"]
     pairs += [(argument, call.arrays[argument], copies[argument]) for argument in written]
     for what, found, wanted in pairs:
@@ -335,7 +335,7 @@ def near_codes(found, wanted):
     return apart.max(initial=0) <= 1 and 256 * np.count_nonzero(apart) <= apart.size
 
 
-def _flat(results):
+def flat(results):
     if hasattr(results, "order") and hasattr(results, "tiles"):
         return [results.order, results.offsets, results.tiles]
     return list(results) if isinstance(results, tuple) else [results]

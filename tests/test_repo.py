@@ -47,6 +47,7 @@ KERNELS = PACKAGE / "cu"
 LAYERS = {
     "errors": 0,
     "_fork": 0,
+    "_recording": 0,
     "_arguments": 0,
     "_capsules": 0,
     "_copies": 0,
@@ -57,6 +58,7 @@ LAYERS = {
     "_progress": 1,
     "formats": 1,
     "_launch": 1,
+    "_replay": 2,
     "_foreign": 2,
     "interop": 2,
     "_tensor_maps": 2,

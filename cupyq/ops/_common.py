@@ -5,7 +5,7 @@ import os
 
 import numpy as np
 
-from cupyq._arrays import address_of, byte_bounds, check, require_cupy
+from cupyq._arrays import address_of, byte_bounds, check, new_array, require_cupy
 
 
 def float64(array):
@@ -57,7 +57,7 @@ def byte_workspace(workspace, size, like, size_name):
     """`workspace`, uint8, if it holds `size` bytes, or new memory of them on the GPU of `like`; `size_name` tells the size."""
     if workspace is None:
         with like.device:
-            return require_cupy().empty(size, np.uint8)
+            return new_array(require_cupy(), size, np.uint8)
     check(workspace, "workspace", dtype=np.dtype(np.uint8), ndim=1, writes=True)
     if workspace.size < size:
         raise ValueError(f"workspace must have at least {size} bytes, got {workspace.size}: see {size_name}")

@@ -12,7 +12,7 @@ from cupyq.ops._common import access_width, float64, positive_number, shown, sto
 _LOWEST = np.finfo(np.float64).min
 
 
-@accepts_dlpack
+@accepts_dlpack(replays=True)
 def silu(x, *, out=None):
     """y = x * sigmoid(x)
 
@@ -40,7 +40,7 @@ def silu_reference(x):
     return x / (1 + np.exp(-x))
 
 
-@accepts_dlpack
+@accepts_dlpack(replays=True)
 def gelu(x, *, approximate="tanh", out=None):
     """y = x * Phi(x), Phi the normal distribution's cumulative function
 
@@ -72,7 +72,7 @@ def gelu_reference(x, approximate):
     return x / 2 * np.frompyfunc(math.erfc, 1, 1)(x / -math.sqrt(2)).astype(np.float64)
 
 
-@accepts_dlpack
+@accepts_dlpack(replays=True)
 def relu(x, *, out=None):
     """y = x where x >= 0, 0 where x < 0
 
@@ -96,7 +96,7 @@ def relu_reference(x):
     return np.where(x < 0, 0.0, x)
 
 
-@accepts_dlpack
+@accepts_dlpack(replays=True)
 def silu_mul(gate, up, *, out=None):
     """y = silu(gate) * up
 
@@ -123,7 +123,7 @@ def silu_mul_reference(gate, up):
     return silu_reference(gate) * float64(up)
 
 
-@accepts_dlpack
+@accepts_dlpack(replays=True)
 def gelu_mul(gate, up, *, approximate="tanh", out=None):
     """y = gelu(gate) * up, with `gelu`'s two forms
 
@@ -148,7 +148,7 @@ def gelu_mul_reference(gate, up, approximate):
     return gelu_reference(gate, approximate) * float64(up)
 
 
-@accepts_dlpack
+@accepts_dlpack(replays=True)
 def relu_mul(gate, up, *, out=None):
     """y = relu(gate) * up
 
@@ -219,7 +219,7 @@ def _grid(size, vector):
     return (-(-size // (256 * vector)),), (256,)
 
 
-@accepts_dlpack
+@accepts_dlpack(replays=True)
 def softcap(x, cap, *, out=None):
     """y = cap * tanh(x / cap)
 
@@ -253,7 +253,7 @@ def _launch_softcap(x, cap, out):
     launch(instance("softcap", x.dtype, vector), *_grid(x.size, vector), (x, out, np.int64(x.size), np.float32(cap)))
 
 
-@accepts_dlpack
+@accepts_dlpack(replays=True)
 def clamp(x, bound, *, out=None):
     """y = min(max(x, -bound), bound)
 

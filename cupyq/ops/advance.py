@@ -8,7 +8,7 @@ from cupyq._kernels import instance, launch
 from cupyq.ops._common import refuse_overlap
 
 
-@accepts_dlpack(writes=("positions", "lengths", "steps", "tokens", "history"))
+@accepts_dlpack(writes=("positions", "lengths", "steps", "tokens", "history"), replays=True)
 def advance(ids, positions, lengths, steps, tokens=None, history=None):
     """tokens[steps[b], b] = history[b, lengths[b]] = ids[b]; then positions, lengths and steps grow by 1
 

@@ -17,6 +17,7 @@ from cupyq._arrays import (
     output,
     refuse_partial_overlap,
 )
+from cupyq._copies import to_host
 from cupyq._device import shared_bytes_limit
 from cupyq._foreign import accepts_dlpack
 from cupyq._kernels import instance, is_tracing, launch
@@ -31,7 +32,7 @@ from cupyq.ops.kv_codec import CacheCodes, cache_arrays
 __all__ = ["attention", "attention_reference", "attention_workspace_size", "pick_kernel"]
 
 
-@accepts_dlpack
+@accepts_dlpack(replays=True)
 def attention(
     q,
     k,
@@ -109,7 +110,7 @@ def attention(
         )
     else:
         if is_checking() and not is_tracing() and not xp.cuda.get_current_stream().is_capturing():
-            _check_tables(problem, q, *(None if a is None else a.get() for a in (kv_lengths, block_table, query_starts)))
+            _check_tables(problem, q, *(None if a is None else to_host(a) for a in (kv_lengths, block_table, query_starts)))
         _launch_attention(problem, q, k, v, out, workspace)
     return out
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cupyq import _device
-from cupyq._arrays import address_of, bfloat16, float16, float32, require_cupy
+from cupyq._arrays import address_of, bfloat16, float16, float32, new_array, require_cupy
 from cupyq._device import shared_bytes_limit
 from cupyq._kernels import instance
 from cupyq._kernels import launch as launch_kernel
@@ -186,7 +186,7 @@ def _parts(q, plan, head_dim, workspace):
     size = plan.parts * plan.part_floats(head_dim)
     if workspace is None:
         xp = require_cupy()
-        return xp.empty(size, float32), xp.zeros(plan.counters, np.uint32)
+        return new_array(xp, size, float32), new_array(xp, plan.counters, np.uint32, zeros=True)
     if workspace.size < _COUNTERS + size:
         raise ValueError(
             f"workspace must have at least {_COUNTERS + size} floats, got {workspace.size}: see attention_workspace_size"

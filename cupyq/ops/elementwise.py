@@ -8,7 +8,7 @@ from cupyq._kernels import instance, launch
 from cupyq.ops._common import access_width, float64, refuse_overlap, store
 
 
-@accepts_dlpack
+@accepts_dlpack(replays=True)
 def add(x, y, *, out=None):
     """z = x + y, in x's dtype
 
@@ -44,7 +44,7 @@ def _launch_add(x, y, out):
     launch(kernel, (-(-x.size // (256 * vector)),), (256,), (x, y, out, np.int64(x.size)))
 
 
-@accepts_dlpack
+@accepts_dlpack(replays=True)
 def add_weighted(x, y, weights, *, out=None):
     """z[r, :] = x[r, :] + weights[r] * y[r, :], in x's dtype
 

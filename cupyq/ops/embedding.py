@@ -10,7 +10,7 @@ from cupyq.ops._common import access_width, dtype_named, float32_factor, float64
 _IDS = (int32, np.dtype(np.int64))
 
 
-@accepts_dlpack
+@accepts_dlpack(replays=True)
 def embedding(ids, table, *, scale=1.0, dtype=None, out=None):
     """y[..., :] = scale * table[ids[...]]
 

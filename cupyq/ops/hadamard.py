@@ -11,7 +11,7 @@ from cupyq.ops._common import float32_factor, float64, store, vector_width, whol
 LARGEST_SIZE = 32768
 
 
-@accepts_dlpack
+@accepts_dlpack(replays=True)
 def hadamard(x, size, *, scale=1.0, out=None):
     """y = scale * x @ H for each run of `size` values along the last axis, H the Sylvester matrix of that size
 

@@ -14,7 +14,7 @@ _WORDS = {16: "uint4", 8: "uint2", 4: "uint32", 2: "uint16"}
 _NAN = np.array(0x7FFF, np.uint16).view(np.float16)  # as kernels convert it
 
 
-@accepts_dlpack(writes=("k_cache", "v_cache"))
+@accepts_dlpack(writes=("k_cache", "v_cache"), replays=True)
 def kv_append(k, v, k_cache, v_cache, positions, *, block_table=None):
     """k_cache[b, positions[b] + i] = k[b, i] and v_cache[b, positions[b] + i] = v[b, i]
 

@@ -4,13 +4,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cupyq._arrays import FLOATS, bfloat16, check, float16, float32, int32, namespace
+from cupyq._arrays import FLOATS, bfloat16, check, float16, float32, int32, namespace, new_array
 from cupyq._foreign import accepts_dlpack
 from cupyq._kernels import instance, launch
 from cupyq.ops._common import access_width, float64, refuse_overlap, store, vector_width
 
 
-@accepts_dlpack(writes=("y", "workspace"))
+@accepts_dlpack(writes=("y", "workspace"), replays=True)
 def lora(y, x, a, b, rank_adapter, weights, *, workspace=None):
     """y[r] += sum over rank columns j of weights[q, rank_adapter[j]] * (x[r] . a[:, j]) * b[j], with q = r // (rows / requests)
 
@@ -130,7 +130,7 @@ def _launch_lora(y, x, a, b, rank_adapter, weights, workspace):
     (rows, k), (ranks, n), (requests, adapters) = x.shape, b.shape, weights.shape
     config, per_request = pick_config(rows, requests, k, ranks, x.dtype), rows // requests
     if workspace is None:
-        workspace = namespace(x=x).empty(lora_workspace_size(rows, k, ranks), float32)
+        workspace = new_array(namespace(x=x), lora_workspace_size(rows, k, ranks), float32)
 
     def tiles(height):
         return requests * -(-per_request // height)

@@ -10,9 +10,11 @@ import threading
 import numpy as np
 
 from cupyq._arrays import FLOATS, bfloat16, check, first_line, float16, float32, namespace, output, require_cupy
+from cupyq._copies import copy_values
 from cupyq._device import arch_number, info
 from cupyq._foreign import accepts_dlpack
 from cupyq._kernels import instance, is_tracing, launch
+from cupyq._recording import spoil
 from cupyq.errors import BackendError
 from cupyq.ops._common import dtype_named, float32_factor, float64, refuse_overlap, store, truth
 
@@ -135,7 +137,7 @@ def _aligned(array):
 
 def _copy(array, to):
     if not is_tracing():
-        to.data.copy_from_device_async(array.data, array.nbytes)
+        copy_values(array, to)
     return to
 
 
@@ -149,6 +151,7 @@ def _multiply_here(cuda, device_id, out, x, weight, transpose, first_column, bia
         beta = 1.0
     if is_tracing():
         return
+    spoil()
     blas = _blas_of_this_thread(device_id)
     factors = _factors(alpha, beta)
     factors_at = ctypes.addressof(factors)

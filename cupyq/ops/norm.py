@@ -12,7 +12,7 @@ from cupyq._kernels import instance, launch
 from cupyq.ops._common import access_width, dtype_named, float64, int32_of, norm_epsilon, refuse_overlap, shown, store
 
 
-@accepts_dlpack
+@accepts_dlpack(replays=True)
 def rms_norm(x, weight, *, eps=1e-6, dtype=None, residual=None, order=None, out=None):
     """y = x * weight / sqrt(mean(x**2, axis=-1) + eps), plus `residual` if there is one, or with columns in `order`
 
@@ -117,7 +117,7 @@ def _row_instance(name, x, weight, y, vector, warps, is_ordered=False):
     return instance(name, x, weight, y, vector, warps, is_ordered)
 
 
-@accepts_dlpack
+@accepts_dlpack(replays=True)
 def layer_norm(x, weight, bias=None, *, eps=1e-5, dtype=None, residual=None, order=None, out=None):
     """y = (x - mean) * weight / sqrt(mean((x - mean)**2) + eps) + bias, means over the last axis, plus `residual`
 
@@ -164,7 +164,7 @@ def _launch_layer_norm(x, weight, bias, eps, residual, order, out):
     )
 
 
-@accepts_dlpack
+@accepts_dlpack(replays=True)
 def head_norm(x, weight, bias=None, *, eps=1e-6, kind="rms", out=None):
     """y = rms_norm or layer_norm (`kind` "rms" or "layer") of each head of x, plus bias
 

@@ -40,7 +40,7 @@ class PenaltyTable(SettingTable):
     tabled = tuple(SETTINGS)
 
 
-@accepts_dlpack
+@accepts_dlpack(replays=True)
 def penalize(
     logits,
     history,

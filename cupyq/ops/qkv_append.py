@@ -23,7 +23,7 @@ from cupyq.ops.norm import head_columns, head_norm_reference
 from cupyq.ops.rope import check_positions, rope_reference
 
 
-@accepts_dlpack(writes=("out", "k_cache", "v_cache"))
+@accepts_dlpack(writes=("out", "k_cache", "v_cache"), replays=True)
 def qkv_append(
     qkv,
     k_cache,

@@ -5,7 +5,19 @@ import dataclasses
 import numpy as np
 
 from cupyq import _device
-from cupyq._arrays import FLOATS, bfloat16, byte_bounds, check, float16, float32, namespace, output, refuse_partial_overlap
+from cupyq._arrays import (
+    FLOATS,
+    bfloat16,
+    byte_bounds,
+    check,
+    float16,
+    float32,
+    namespace,
+    new_array,
+    output,
+    refuse_partial_overlap,
+)
+from cupyq._copies import copy_values
 from cupyq._foreign import accepts_dlpack
 from cupyq._kernels import instance, launch
 from cupyq.formats.tiles import TILE
@@ -58,7 +70,7 @@ class InputGate:
     """As of qmatmul_gated."""
 
 
-@accepts_dlpack
+@accepts_dlpack(replays=True)
 def qmatmul(x, q, *, before=None, residual=None, is_ordered=False, dtype=None, out=None, workspace=None, batch_invariant=False):
     """y = x @ W (+ bias) (+ residual) with the quantized weights W [k, n] of `q`.
 
@@ -148,7 +160,7 @@ def _changed_reference(x, before):
     return y
 
 
-@accepts_dlpack
+@accepts_dlpack(replays=True)
 def qmatmul_gated(x, joined, *, activation="silu", before=None, is_ordered=False, out=None, workspace=None):
     """y = activation(x @ W_gate (+ bias)) * (x @ W_up (+ bias)), with `joined` the JoinedQMatrix of the two, of one n.
 
@@ -253,7 +265,8 @@ def split_workspace(workspace, parts, rows, **others):
     """(counters, the space behind them) of the caller's workspace, which must not overlap the others, or of a new one."""
     if workspace is None:
         xp = namespace(**others)
-        return xp.zeros(COUNTERS, np.uint32) if parts[0] else None, xp.empty(sum(parts), np.float32)
+        counters = new_array(xp, COUNTERS, np.uint32, zeros=True) if parts[0] else None
+        return counters, new_array(xp, sum(parts), np.float32)
     _check_workspace(workspace, parts, rows, **others)
     return workspace[:COUNTERS], workspace[COUNTERS:]
 
@@ -277,7 +290,7 @@ def _launch_qmatmul(x, q, out, workspace, residual, is_ordered, batch_invariant,
     if is_wgmma and not suits_wgmma(out, residual):  # the same bits at any address
         aligned = q.xp.empty(out.shape, out.dtype)
         _launch_qmatmul(x, q, aligned, workspace, _copied(residual), is_ordered, False, before)
-        out.data.copy_from_device_async(aligned.data, out.nbytes)
+        copy_values(aligned, out)
         return
     if before is not None and not (is_wgmma and suits_arrange(q.k)):
         x, is_ordered, before = *_changed(x, q, before, way), None
@@ -336,7 +349,7 @@ def _copied(array):
     if array is None:
         return None
     copy = namespace(array=array).empty(array.shape, array.dtype)
-    copy.data.copy_from_device_async(array.data, array.nbytes)
+    copy_values(array, copy)
     return copy
 
 
@@ -347,7 +360,7 @@ def _launch_gated(x, joined, gate, out, workspace, is_ordered):
         if config.warps_n % 2 == 0:
             _launch_fused(x, joined, out, m, workspace, config, is_ordered=is_ordered, gate=gate)
             return
-    first, up = out, joined.xp.empty_like(out)
+    first, up = out, new_array(joined.xp, out.shape, out.dtype)
     for q, y in zip(joined.matrices, (first, up), strict=True):
         _launch_qmatmul(x, q, y, workspace, None, is_ordered, False)
     launch_activate(gate, first, up, out)

@@ -14,7 +14,7 @@ from cupyq.ops.qmatrix_group import QMatrixGroup
 from cupyq.ops.routing import TILE_ROWS, RowGroups
 
 
-@accepts_dlpack
+@accepts_dlpack(replays=True)
 def qmatmul_grouped(x, matrices, groups, *, dtype=None, out=None, workspace=None):
     """y[r, j] = x[r] @ W_e (+ bias_e), or x[r, j] @ W_e (+ bias_e), for the j-th expert e of every row r
 

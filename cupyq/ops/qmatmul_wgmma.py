@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from cupyq import _device
-from cupyq._arrays import bfloat16, byte_bounds, float16
+from cupyq._arrays import bfloat16, byte_bounds, float16, new_array
 from cupyq._kernels import instance, launch
 from cupyq.formats.tiles import TILE, WIDTHS_IN_ORDER
 from cupyq.ops.arrange import STAGE_BLOCKS, STAGE_COLUMNS, image_count, launch_arrange_rows
@@ -208,10 +208,11 @@ def launch_wgmma(
     config = wgmma_config(q, m) if config is None else config
     partials, image_values = wgmma_workspace_parts(m, q.blocks, config)
     if workspace is None:
-        workspace = q.xp.empty(COUNTERS + partials + image_values, np.float32)
-        workspace[:COUNTERS] = 0
-    counters, partial = workspace[:COUNTERS], workspace[COUNTERS : COUNTERS + partials]
-    images = workspace[COUNTERS + partials : COUNTERS + partials + image_values]
+        counters = new_array(q.xp, COUNTERS, np.float32, zeros=True)
+        space = new_array(q.xp, partials + image_values, np.float32)
+    else:
+        counters, space = workspace[:COUNTERS], workspace[COUNTERS:]
+    partial, images = space[:partials], space[partials : partials + image_values]
     order = None if is_ordered else q.order
     if arrange is None:
         launch_arrange_rows(x, order, images, m, q.blocks, config.rows)

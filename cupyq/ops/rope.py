@@ -11,7 +11,7 @@ from cupyq.errors import FormatError, UnsupportedError
 from cupyq.ops._common import float64, int32_of, refuse_overlap, shown, store, vector_width
 
 
-@accepts_dlpack
+@accepts_dlpack(replays=True)
 def rope(x, sin, cos, positions, *, style="neox", out=None):
     """Each pair (p, q) of a head becomes (p * cos - q * sin, q * cos + p * sin), with its position's angle
 

@@ -12,7 +12,7 @@ from cupyq.ops._common import access_width, float64, refuse_overlap, store, trut
 _MOST_EXPERTS = 1024
 
 
-@accepts_dlpack(writes=("weights", "experts"))
+@accepts_dlpack(writes=("weights", "experts"), replays=True)
 def route(logits, top_k, *, renormalize=True, weights=None, experts=None):
     """(weights, experts): the top_k experts of every row and the weights softmax(logits)[expert]
 
@@ -174,7 +174,7 @@ def _launch_group_rows(experts, num_experts, tile_rows, order, offsets, tiles):
     launch(instance("group_rows"), (num_experts,), (512,), arguments)
 
 
-@accepts_dlpack
+@accepts_dlpack(replays=True)
 def combine_rows(y, weights, *, out=None):
     """z[r, :] = sum_j weights[r, j] * y[r, j, :], in float32
 

@@ -106,7 +106,7 @@ def _needs(values):
     )
 
 
-@accepts_dlpack(writes=("out", "workspace", "mirostat_mu", "probabilities", "top_ids", "top_probabilities"))
+@accepts_dlpack(writes=("out", "workspace", "mirostat_mu", "probabilities", "top_ids", "top_probabilities"), replays=True)
 def sample(
     logits,
     *,
