@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 
 from cupyq import _fork
-from cupyq._recording import recording
+from cupyq._recording import note_array
 from cupyq.errors import BackendError
 
 float16 = np.dtype(np.float16)
@@ -149,8 +149,7 @@ def new_array(xp, shape, dtype, *, zeros=False):
     """Memory that an op makes for one call, as its result or to work in: unset, or zeros."""
     make = xp.zeros if zeros else xp.empty
     array = make(shape, dtype)
-    if recording.record is not None:
-        recording.record.made.append((make, array))
+    note_array(make, array)
     return array
 
 

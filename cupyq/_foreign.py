@@ -26,6 +26,7 @@ _CPU_DEVICES = (1, 3)  # DLPack device types: host memory, page-locked host memo
 _GPU_DEVICES = (2, 13)  # memory of a CUDA GPU, managed memory
 _INTERFACE = "__cuda_array_interface__"  # what arrays of Numba have in place of DLPack
 _native_types: set[type] = set()  # those known to need no edge
+_NOTHING: contextlib.AbstractContextManager = contextlib.nullcontext()
 
 
 class _ForeignKinds(dict[type, bool]):
@@ -77,11 +78,11 @@ def accepts_dlpack(op=None, *, writes=("out", "workspace"), replays=False):
         return _call_with_foreign(op, arguments, foreign, writes)
 
     edge.writes = frozenset(writes)  # type: ignore[attr-defined]
-    return _replaying(op, edge) if replays else edge
+    return _replaying(op, edge, names) if replays else edge
 
 
-def _replaying(op, edge):
-    """`edge`, by which calls that come again are launched again."""
+def _replaying(op, edge, names):
+    """`edge`, by which calls that come again are launched again. names: of the arguments."""
 
     @functools.wraps(edge)
     def again(*args, **kwargs):
@@ -90,17 +91,18 @@ def _replaying(op, edge):
             return edge(*args, **kwargs)
         call = _replay.find(key)
         if call is None:
-            return _replay.first_calls(key, edge, args, kwargs)
+            return _replay.first_calls(key, names, edge.writes, edge, args, kwargs)
         cuda, device_id = sys.modules["cupy"].cuda, call.device_id
         if cuda.runtime.getDevice() != device_id:
             return edge(*args, **kwargs)
         pointer = _torch_stream(device_id) if call.is_foreign else None
-        if pointer is None or cuda.get_current_stream(device_id).ptr == pointer:
+        with (
+            _NOTHING if pointer is None or cuda.get_current_stream(device_id).ptr == pointer else stream_at(pointer, device_id)
+        ):
             result = call.again((*args, *kwargs.values()))
-        else:
-            with stream_at(pointer, device_id):
-                result = call.again((*args, *kwargs.values()))
-        return edge(*args, **kwargs) if result is _replay.MISALIGNED else result
+        if result is _replay.MISALIGNED:
+            return edge(*args, **kwargs)
+        return _export(result, "torch", {}) if call.is_foreign else result
 
     return again
 

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cupyq import _arrays, _device, _fork, _launch
-from cupyq._recording import recording
+from cupyq._recording import recording, spoil
 from cupyq.errors import BackendError
 
 SOURCE_FOLDER = Path(__file__).parent / "cu"
@@ -331,12 +331,13 @@ def launch(wanted, grid, block, arguments, shared_bytes=0):
     if _tracing.noted is not None:
         _tracing.noted.append((wanted, _device.info(device_id).arch))
         return
-    if (record := recording.record) is not None:
-        record.launches.append((wanted, device_id, layout, grid, block, values, shared_bytes))
     cuda = sys.modules["cupy"].cuda
     if device_id == cuda.runtime.getDevice():
+        if (record := recording.record) is not None:
+            record.launches.append((wanted, device_id, layout, grid, block, values, shared_bytes))
         launch_here(wanted, device_id, layout, grid, block, values, shared_bytes, cuda)
     else:
+        spoil()  # it may have been chosen for the current GPU
         with cuda.Device(device_id):
             launch_here(wanted, device_id, layout, grid, block, values, shared_bytes, cuda)
 

@@ -3,6 +3,8 @@
 import threading
 from typing import Any
 
+_MOST_BYTES = 64 << 20  # to hold at once what the op lets go of one after the other is no matter up to here
+
 
 class Record:
     """A call: its launches (arguments of `_kernels.launch_here`, but its last), and the memory that it made for itself."""
@@ -22,6 +24,14 @@ class _Recording(threading.local):
 
 
 recording = _Recording()
+
+
+def note_array(make, array):
+    """A call made this array by make(shape, dtype)."""
+    if (record := recording.record) is not None:
+        record.made.append((make, array))
+        if sum(array.nbytes for _, array in record.made) > _MOST_BYTES:
+            spoil()
 
 
 def spoil():

@@ -5,9 +5,11 @@ follows from it, by the promise of an op that says `accepts_dlpack(replays=True)
 comes, if it did nothing but launch, on memory of its arguments and of arrays that `_arrays.new_array` made.
 """
 
+import dataclasses
 import functools
 import os
 import sys
+import types
 import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,43 +17,47 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cupyq import _kernels
+from cupyq._arrays import is_cupy
 from cupyq._recording import Record, recording
 
 _MOST = 4096
-_FROZEN_DEPTH = 4  # of objects within objects, at the end of which there are arrays
-_ALIGNMENT = 512  # of new memory, from CuPy's pool and PyTorch's: kernels are chosen by it
-
-_SEEN, _NEVER = object(), object()  # what is known of a call that has come once, and of one that is not to be kept
-_known: dict[tuple, Any] = {}
-MISALIGNED = object()
+_DEPTH = 4  # of objects within objects, at the end of which there are arrays
+_ALIGNMENT = 512  # of new memory: kernels are chosen by it
 
 # --- keys -------------------------------------------------------------------------------------------------------------
 
 
 class _Describers(dict):
-    """By type, what makes the part of a key for a value; None for types of which no call is kept."""
+    """By type, what makes the part of a key for a value, None for one of which no call is kept. None for all of a type."""
 
     def __missing__(self, kind):
         describe = None
-        cupy = sys.modules.get("cupy")
-        if cupy is not None and kind is getattr(cupy, "ndarray", None):
+        if is_cupy_type(kind):
             describe = _describe_array
         elif kind is float:
             describe = _describe_float
         elif issubclass(kind, np.generic):
             describe = kind.tobytes
-        elif issubclass(kind, (int, str, type(None), type, np.dtype)):
+        elif issubclass(kind, (int, str, type(None), type, np.dtype, types.ModuleType)):
             describe = _describe_plain
-        elif is_frozen(kind):
-            describe = _describe_object
+        elif "is_frozen" in vars(kind):  # its objects never change, and are kept longer than for a call
+            describe = id
+        elif "__dataclass_params__" in vars(kind) and kind.__dataclass_params__.frozen:
+            describe = functools.partial(_describe_fields, tuple(field.name for field in dataclasses.fields(kind)))
         if describe is not None or issubclass(kind, np.ndarray):  # CuPy may be imported later on
             self[kind] = describe
         return describe
 
 
+def is_cupy_type(kind):
+    return kind is getattr(sys.modules.get("cupy"), "ndarray", None)
+
+
 def _describe_array(array):
+    if not array._c_contiguous:
+        return None
     memory = array.data
-    return memory.ptr, memory.device_id, array.shape, array.dtype.num, array._c_contiguous
+    return memory.ptr, memory.device_id, array.shape, array.dtype
 
 
 def _describe_float(value):
@@ -62,14 +68,21 @@ def _describe_plain(value):
     return value
 
 
-def _describe_object(value):
-    return id(value)
+def _describe_fields(names, value):
+    fields = [getattr(value, name) for name in names]
+    return None if any(describers[type(field)] is id for field in fields) else _described(fields)
 
 
-def is_frozen(kind):
-    """Whether objects of a type never change, so that one stands for what it holds: frozen dataclasses, and who says so."""
-    parameters = getattr(kind, "__dataclass_params__", None)
-    return parameters is not None and parameters.frozen or getattr(kind, "is_frozen", False) is True
+def _described(values):
+    """The types and descriptions of values; None where one has none."""
+    parts = []
+    for value in values:
+        kind = type(value)
+        describe = describers[kind]
+        if describe is None or (part := describe(value)) is None and value is not None:
+            return None
+        parts += (kind, part)
+    return tuple(parts)
 
 
 describers = _Describers()
@@ -77,20 +90,8 @@ describers = _Describers()
 
 def key_of(op, args, kwargs):
     """What stands for a call; None where it is not to be kept, as for arrays of NumPy."""
-    parts = [op, *kwargs]
-    for value in args:
-        kind = type(value)
-        describe = describers[kind]
-        if describe is None or (part := describe(value)) is None and value is not None:
-            return None
-        parts += (kind, part)
-    for value in kwargs.values():
-        kind = type(value)
-        describe = describers[kind]
-        if describe is None or (part := describe(value)) is None and value is not None:
-            return None
-        parts += (kind, part)
-    return tuple(parts)
+    parts = _described((*args, *kwargs.values()))
+    return None if parts is None else (op, *kwargs, *parts)
 
 
 # --- calls ------------------------------------------------------------------------------------------------------------
@@ -111,7 +112,7 @@ class Call(NamedTuple):
     """Weak references to the objects it was made with: where one is gone, another object may have its number."""
     device_id: int
     is_foreign: bool
-    """Whether tensors are among its arguments, whose stream is the caller's."""
+    """Whether tensors are among its arguments, whose stream is the caller's and whose kind the results are."""
 
     def again(self, arguments):
         """What the op returns for these arguments, once all is launched on CuPy's current stream, on the GPU of the call.
@@ -119,42 +120,47 @@ class Call(NamedTuple):
         MISALIGNED, and nothing is launched, where new memory begins elsewhere than the kernels were chosen for.
         """
         made = [make() for make in self.makers]
-        addresses = [_address_of(array) for array in made]
-        for address in addresses:
-            if address % _ALIGNMENT:
+        for array in made:
+            if array.data.ptr % _ALIGNMENT:
                 return MISALIGNED
         cuda = sys.modules["cupy"].cuda
         for (wanted, device_id, layout, grid, block, values, shared_bytes), uses in zip(self.launches, self.uses, strict=True):
             if uses:
                 values = values.copy()  # other threads launch with them, too
                 for which, position, offset in uses:
-                    values[position] = addresses[which] + offset
+                    values[position] = made[which].data.ptr + offset
             _kernels.launch_here(wanted, device_id, layout, grid, block, values, shared_bytes, cuda)
+        values = (*arguments, *made)
         if self.is_tuple:
-            return tuple([(*arguments, *made)[place] for place in self.results])
-        return (*arguments, *made)[self.results[0]] if self.results else None
+            return tuple([values[place] for place in self.results])
+        return values[self.results[0]] if self.results else None
+
+
+MISALIGNED = object()
+
+_seen: set[tuple] = set()  # keys that have come once
+_known: dict[tuple, Call | None] = {}  # by a key that has come twice; None: it is not to be kept
 
 
 def find(key):
     """The Call of a key, or None."""
     call = _known.get(key)
-    if type(call) is not Call:
-        return None
-    for owner in call.owners:
-        if owner() is None:
-            _known.pop(key, None)
-            return None
+    if call is not None:
+        for owner in call.owners:
+            if owner() is None:
+                _known.pop(key, None)
+                return None
     return call
 
 
-def first_calls(key, edge, args, kwargs):
-    """edge(*args, **kwargs), which is kept if it may be."""
-    known = _known.get(key)
-    if known is not _SEEN:
-        if known is None:
-            if len(_known) >= _MOST:
-                forget()
-            _known[key] = _SEEN
+def first_calls(key, names, writes, edge, args, kwargs):
+    """edge(*args, **kwargs), which is kept if it may be. names: of the arguments; writes: of those that it writes to."""
+    if key in _known:
+        return edge(*args, **kwargs)
+    if key not in _seen:
+        if len(_seen) >= _MOST:
+            _seen.clear()
+        _seen.add(key)
         return edge(*args, **kwargs)
     recording.record = Record()
     try:
@@ -162,45 +168,38 @@ def first_calls(key, edge, args, kwargs):
         record = recording.record
     finally:
         recording.record = None
-    _known[key] = _NEVER if record is None else _call_of((*args, *kwargs.values()), record, result) or _NEVER
+    if len(_known) >= _MOST:
+        _known.clear()
+    arguments = dict(zip(names, args, strict=False), **kwargs)
+    _known[key] = None if record is None else _call_of(arguments, writes, record, result)
+    _seen.discard(key)
     return result
 
 
-def _call_of(arguments, record, result):
+def _call_of(arguments, writes, record, result):
     """The Call that does with these arguments what was recorded; None where launching alone would not do it."""
-    is_tuple = isinstance(result, tuple)
-    results = result if is_tuple else () if result is None else (result,)
-    makers = [functools.partial(make, array.shape, array.dtype) for make, array in record.made]
+    values, is_tuple = tuple(arguments.values()), isinstance(result, tuple)
+    written = [value if name in writes else None for name, value in arguments.items()]
+    candidates = (*written, *(array for _, array in record.made), *values)  # `out` before an input of the same memory
     places = []
-    for item in results:
-        place = _place_of(item, arguments, record.made)
+    for item in result if is_tuple else () if result is None else (result,):
+        place = next((i for i, value in enumerate(candidates) if value is not None and _is_all_of(item, value)), None)
         if place is None:
             return None
-        if _is_tensor(item) and place >= len(arguments):
-            makers[place - len(arguments)] = functools.partial(
-                sys.modules["torch"].empty, tuple(item.shape), dtype=item.dtype, device=item.device
-            )
-        places.append(place)
-    uses, devices = _uses_of(record, arguments), {launch[1] for launch in record.launches}
+        places.append(place if place < len(values) + len(record.made) else place - len(values) - len(record.made))
+    uses, devices = _uses_of(record, values), {launch[1] for launch in record.launches}
     if uses is None or len(devices) != 1:
         return None
-    try:
-        owners = tuple(weakref.ref(value) for value in arguments if describers[type(value)] is _describe_object)
-    except TypeError:  # an object of slots
-        return None
-    is_foreign = any(map(_is_tensor, arguments))
-    return Call(record.launches, tuple(makers), uses, tuple(places), is_tuple, owners, devices.pop(), is_foreign)
+    makers = tuple(functools.partial(make, array.shape, array.dtype) for make, array in record.made)
+    owners = tuple(weakref.ref(value) for value in values if describers[type(value)] is id)
+    return Call(record.launches, makers, uses, tuple(places), is_tuple, owners, devices.pop(), any(map(_is_tensor, values)))
 
 
-def _place_of(item, arguments, made):
-    """Where a result is among the arguments and what was made, itself or as a tensor that is a view of all of it."""
-    for place, value in enumerate(arguments):
-        if item is value:
-            return place
-    for place, (_, array) in enumerate(made, len(arguments)):
-        if item is array or _is_tensor(item) and (item.data_ptr(), tuple(item.shape)) == (array.data.ptr, array.shape):
-            return place
-    return None
+def _is_all_of(item, value):
+    """Whether a result is this value, or a tensor that is a view of all of it."""
+    if item is value or not (_is_tensor(item) and is_cupy(value)):
+        return item is value
+    return (item.data_ptr(), tuple(item.shape)) == (value.data.ptr, value.shape)
 
 
 def _is_tensor(value):
@@ -209,26 +208,23 @@ def _is_tensor(value):
 
 def _uses_of(record, arguments):
     """For every launch the uses of what was made; None where there was other memory, or where addresses may be elsewhere."""
-    owned = [bounds for value in arguments for bounds in _bounds(value, _FROZEN_DEPTH)]
+    owned = [bounds for value in arguments for bounds in _bounds(value, _DEPTH)]
     made = [next(_bounds(array, 0)) for _, array in record.made]
     if any(low <= address < high for address in record.hidden for low, high in made):
         return None
-    return None if None in (uses := [_uses_in(launch, owned, made) for launch in record.launches]) else uses
-
-
-def _uses_in(launch, owned, made):
-    _, _, layout, _, _, values, _ = launch
     uses = []
-    for position, value in enumerate(values):
-        address = value if position in layout.arrays else 0
-        if made and any(low <= word < high for word in _words_in(value) for low, high in made):
+    for _, _, layout, _, _, values, _ in record.launches:
+        if any(low <= word < high for value in values for word in _words_in(value) for low, high in made):
             return None
-        if not address or any(low <= address < high for low, high in owned):
-            continue
-        which = next((i for i, (low, high) in enumerate(made) if low <= address < high), None)
-        if which is None:
-            return None
-        uses.append((which, position, address - made[which][0]))
+        uses.append([])
+        for position in layout.arrays:
+            address = values[position]
+            if address == 0 or any(low <= address < high for low, high in owned):
+                continue
+            which = next((i for i, (low, high) in enumerate(made) if low <= address < high), None)
+            if which is None:
+                return None
+            uses[-1].append((which, position, address - made[which][0]))
     return uses
 
 
@@ -243,21 +239,25 @@ def _bounds(value, depth):
     """(first, one past the last) address of every array in a value."""
     if _is_tensor(value):
         yield value.data_ptr(), value.data_ptr() + value.numel() * value.element_size()
-    elif hasattr(value, "data") and hasattr(value.data, "ptr"):
-        yield value.data.ptr, value.data.ptr + value.nbytes
+    elif is_cupy(value):
+        if value._c_contiguous:
+            yield value.data.ptr, value.data.ptr + value.nbytes
     elif depth:
-        items = value if isinstance(value, tuple) else value.values() if isinstance(value, dict) else ()
-        for item in getattr(value, "__dict__", {}).values() if is_frozen(type(value)) else items:
+        for item in _items_of(value):
             yield from _bounds(item, depth - 1)
 
 
-def _address_of(array):
-    return array.data_ptr() if _is_tensor(array) else array.data.ptr
+def _items_of(value):
+    if isinstance(value, (tuple, list)):
+        return value
+    is_ours = dataclasses.is_dataclass(value) or "is_frozen" in vars(type(value))
+    return (value if isinstance(value, dict) else vars(value) if is_ours else {}).values()
 
 
 def forget():
-    """Keep no call: for tests that put something else in place of what picks a kernel."""
+    """Keep no call: where something else is put in place of what picks a kernel."""
     _known.clear()
+    _seen.clear()
 
 
 if hasattr(os, "register_at_fork"):

@@ -68,12 +68,35 @@ def cupy():
     return cupy
 
 
-@pytest.fixture(autouse=True)
 def _forget_calls():
-    """A test that replaces what picks a kernel must not find launches of another one, nor leave its own."""
-    yield
     if "cupyq._replay" in sys.modules:
         sys.modules["cupyq._replay"].forget()
+
+
+@pytest.fixture(autouse=True)
+def _calls_are_made_anew():
+    """A test that replaces what picks a kernel must not find the launches of another one, nor leave its own."""
+    yield
+    _forget_calls()
+
+
+class _ForgettingPatch(pytest.MonkeyPatch):
+    """Replaces something, in the midst of a test, and then no call is one before."""
+
+    def setattr(self, *arguments, **options):
+        _forget_calls()
+        super().setattr(*arguments, **options)
+
+    def undo(self):
+        _forget_calls()
+        super().undo()
+
+
+@pytest.fixture
+def monkeypatch():
+    patch = _ForgettingPatch()
+    yield patch
+    patch.undo()
 
 
 @pytest.fixture(autouse=True, scope="module")

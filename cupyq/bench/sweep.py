@@ -10,7 +10,7 @@ import dataclasses
 import importlib
 import sys
 
-from cupyq import _device, _kernels
+from cupyq import _device, _kernels, _replay
 from cupyq._arrays import require_cupy
 from cupyq.bench.limits import measure_limits
 from cupyq.bench.peers import free_memory
@@ -37,9 +37,11 @@ def pinned(way, config=None):
     before = [(module, name, getattr(module, name)) for module, name, _ in changes]
     for module, name, value in changes:
         setattr(module, name, lambda *arguments, value=value, **options: value)
+    _replay.forget()
     try:
         yield
     finally:
+        _replay.forget()
         for module, name, function in before:
             setattr(module, name, function)
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cupyq._arrays import FLOATS, check, is_cupy, require_cupy
+from cupyq._recording import spoil
 
 
 class Setting(NamedTuple):
@@ -141,6 +142,7 @@ def upload(values, tabled, specification, rows):
                 table[:, column] = np.broadcast_to(values[name], rows).view(np.uint32)
     for i, name in enumerate(lines):
         packed[words + i * rows :][:rows].view(specification[name].dtype)[:rows] = values[name]
+    spoil()
     on_device = cupy.asarray(packed)
     values = dict(values)
     for i, name in enumerate(lines):
@@ -164,7 +166,7 @@ class SettingTable:
     specification: dict[str, Setting] = {}
     tabled: tuple[str, ...] = ()
     """The settings that kernels read as one table where there is an array among them."""
-    is_frozen = True
+    is_frozen = True  # see _replay
 
     def __init__(self, rows, xp=np, **settings):
         name = type(self).__name__

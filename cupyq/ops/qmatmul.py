@@ -20,6 +20,7 @@ from cupyq._arrays import (
 from cupyq._copies import copy_values
 from cupyq._foreign import accepts_dlpack
 from cupyq._kernels import instance, launch
+from cupyq._recording import spoil
 from cupyq.formats.tiles import TILE
 from cupyq.ops._common import dtype_named, float64, norm_epsilon, refuse_overlap, shown, store, truth
 from cupyq.ops.activation import activation_reference, launch_activate
@@ -317,6 +318,7 @@ def _changed(x, q, before, way):
     if isinstance(before, InputNorm):
         order = q.order if q.shares_order and way != "dequantise" else None
         return before.applied(x, order), order is not None
+    spoil()
     gate, up = (x[..., columns].copy() for columns in (slice(q.k), slice(q.k, None)))
     launch_activate(GATES[before.activation], gate, up, gate)
     return gate, False

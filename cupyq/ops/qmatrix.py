@@ -40,6 +40,8 @@ class QMatrix:
     codes, scales and permutation as exllamav2's optimiser does (EXL2) or as the tensors lie on disk (GPTQ).
     """
 
+    is_frozen = True  # see _replay
+
     kind: str  # "exl2" or "gptq"
     k: int
     n: int

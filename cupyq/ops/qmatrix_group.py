@@ -15,6 +15,8 @@ class QMatrixGroup:
     Build one with `QMatrixGroup.from_matrices`. It keeps the matrices, as the table holds their addresses.
     """
 
+    is_frozen = True  # see _replay
+
     matrices: tuple
     kind: str
     k: int

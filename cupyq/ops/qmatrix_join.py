@@ -16,6 +16,8 @@ class JoinedQMatrix:
     model's own), where `shares_order`.
     """
 
+    is_frozen = True  # see _replay
+
     matrices: tuple
     kind: str
     k: int

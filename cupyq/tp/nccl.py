@@ -18,6 +18,7 @@ import numpy as np
 
 from cupyq._arrays import bfloat16, first_line, float16, float32, int32, require_cupy
 from cupyq._kernels import is_tracing
+from cupyq._recording import spoil
 from cupyq.errors import BackendError
 from cupyq.tp import peer
 from cupyq.tp.comm import STALL_S, Comm, one_line, rank_names
@@ -188,6 +189,7 @@ class NcclComm(Comm):
     def _exchange(self, name, launch, *arrays):
         """Queue one kernel that exchanges by peer memory, by launch(is_empty=...). name, arrays: what decides which it is."""
         self.check()
+        spoil()
         self._calls += 1
         kind = name, *((array.dtype, array.shape, array.data.ptr % 32) for array in arrays)
         is_new = self.peer_memory.needs_loading(kind)
@@ -250,6 +252,7 @@ class NcclComm(Comm):
     def _queue(self, *operations):
         """Queue operations of NCCL, each (name, *arguments) and all as one, on this device's current stream."""
         self.check()
+        spoil()
         self._calls += 1
         self._in_turn(" ".join(name for name, *_ in operations), functools.partial(self._call_all, operations))
 
