@@ -20,7 +20,7 @@ from cupyq import _kernels
 from cupyq._arrays import is_cupy
 from cupyq._recording import Record, recording
 
-_MOST = 4096
+_MOST = 4096  # calls that are kept, that have come once, and that are not kept
 _DEPTH = 4  # of objects within objects, at the end of which there are arrays
 _ALIGNMENT = 512  # of new memory: kernels are chosen by it
 
@@ -109,7 +109,7 @@ class Call(NamedTuple):
     """Their places among the arguments and what is made anew."""
     is_tuple: bool
     owners: tuple[Any, ...]
-    """Weak references to the objects it was made with: where one is gone, another object may have its number."""
+    """Weak references to the objects it was made with, with whose end it goes: another object may get their number."""
     device_id: int
     is_foreign: bool
     """Whether tensors are among its arguments, whose stream is the caller's and whose kind the results are."""
@@ -138,29 +138,22 @@ class Call(NamedTuple):
 
 MISALIGNED = object()
 
-_seen: set[tuple] = set()  # keys that have come once
-_known: dict[tuple, Call | None] = {}  # by a key that has come twice; None: it is not to be kept
+_known: dict[tuple, Call] = {}
+# By hash, as keys take much more memory. Two with one hash do no harm: a call is recorded early, or not kept.
+_seen: set[int] = set()  # calls that have come once
+_not_kept: set[int] = set()
 
-
-def find(key):
-    """The Call of a key, or None."""
-    call = _known.get(key)
-    if call is not None:
-        for owner in call.owners:
-            if owner() is None:
-                _known.pop(key, None)
-                return None
-    return call
+find = _known.get
+"""The Call of a key, or None."""
 
 
 def first_calls(key, names, writes, edge, args, kwargs):
     """edge(*args, **kwargs), which is kept if it may be. names: of the arguments; writes: of those that it writes to."""
-    if key in _known:
+    number = hash(key)
+    if number in _not_kept:
         return edge(*args, **kwargs)
-    if key not in _seen:
-        if len(_seen) >= _MOST:
-            _seen.clear()
-        _seen.add(key)
+    if number not in _seen:
+        _add(number, _seen)
         return edge(*args, **kwargs)
     recording.record = Record()
     try:
@@ -168,15 +161,25 @@ def first_calls(key, names, writes, edge, args, kwargs):
         record = recording.record
     finally:
         recording.record = None
-    if len(_known) >= _MOST:
-        _known.clear()
     arguments = dict(zip(names, args, strict=False), **kwargs)
-    _known[key] = None if record is None else _call_of(arguments, writes, record, result)
-    _seen.discard(key)
+    call = None if record is None else _call_of(key, arguments, writes, record, result)
+    if call is None:
+        _add(number, _not_kept)
+    else:
+        if len(_known) >= _MOST:
+            _known.clear()
+        _known[key] = call
+    _seen.discard(number)
     return result
 
 
-def _call_of(arguments, writes, record, result):
+def _add(number, numbers):
+    if len(numbers) >= _MOST:
+        numbers.clear()
+    numbers.add(number)
+
+
+def _call_of(key, arguments, writes, record, result):
     """The Call that does with these arguments what was recorded; None where launching alone would not do it."""
     values, is_tuple = tuple(arguments.values()), isinstance(result, tuple)
     written = [value if name in writes else None for name, value in arguments.items()]
@@ -191,8 +194,14 @@ def _call_of(arguments, writes, record, result):
     if uses is None or len(devices) != 1:
         return None
     makers = tuple(functools.partial(make, array.shape, array.dtype) for make, array in record.made)
-    owners = tuple(weakref.ref(value) for value in values if describers[type(value)] is id)
+    owners = tuple(
+        weakref.ref(value, functools.partial(_drop, _known, key)) for value in values if describers[type(value)] is id
+    )
     return Call(record.launches, makers, uses, tuple(places), is_tuple, owners, devices.pop(), any(map(_is_tensor, values)))
+
+
+def _drop(known, key, _):
+    known.pop(key, None)
 
 
 def _is_all_of(item, value):
@@ -256,8 +265,8 @@ def _items_of(value):
 
 def forget():
     """Keep no call: where something else is put in place of what picks a kernel."""
-    _known.clear()
-    _seen.clear()
+    for table in (_known, _seen, _not_kept):
+        table.clear()
 
 
 if hasattr(os, "register_at_fork"):

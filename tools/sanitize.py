@@ -31,7 +31,7 @@ FILES = (
     *("attention_decode", "attention_wgmma", "kv_wgmma", "qmatmul_wgmma", "qmatmul_before", "arrange", "joined", "moe", "lora"),
     *("sampling_filters", "penalties", "activation", "hadamard", "kv_append", "quantize_group", "rope", "elementwise"),
     *("reconstruct", "routing", "cache_pages", "matmul", "cache", "qmatrix_join", "embedding", "remap", "advance", "layers"),
-    *("kernels", "serve", "speculation"),
+    *("kernels", "replay", "serve", "speculation"),
 )
 # Tests of sizes that a sanitizer would take hours for, and those that count time, memory or processes.
 LEFT_OUT = "beyond_32_bits or large or long or many_rows or huge or hundreds or time or seconds or process or memory or thread"

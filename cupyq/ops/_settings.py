@@ -166,7 +166,6 @@ class SettingTable:
     specification: dict[str, Setting] = {}
     tabled: tuple[str, ...] = ()
     """The settings that kernels read as one table where there is an array among them."""
-    is_frozen = True  # see _replay
 
     def __init__(self, rows, xp=np, **settings):
         name = type(self).__name__

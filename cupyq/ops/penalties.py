@@ -38,6 +38,7 @@ class PenaltyTable(SettingTable):
 
     specification = SETTINGS
     tabled = tuple(SETTINGS)
+    is_frozen = True  # see _replay
 
 
 @accepts_dlpack(replays=True)

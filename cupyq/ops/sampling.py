@@ -81,6 +81,7 @@ class SamplerTable(SettingTable):
 
     specification = {name: setting for name, setting in SETTINGS.items() if name != "step"}
     tabled = _FILTERS
+    is_frozen = True  # see _replay
 
     def __init__(self, rows, xp=np, **settings):
         super().__init__(rows, xp, **settings)
