@@ -115,6 +115,16 @@ def _text_of_checks():
     return "".join(map(inspect.getsource, checks))
 
 
+def nvrtc_version():
+    return ".".join(map(str, _kernels.load_nvrtc().getVersion()))
+
+
+@functools.cache
+def is_receipted_compiler(receipt=RECEIPT):
+    """Whether NVRTC is the one that kernels are held to not spilling with. Others, newer ones too, spill here and there."""
+    return json.loads(receipt.read_text())["nvrtc"] == nvrtc_version()
+
+
 def digest_of_file(file):
     """Of the keys of all its compilations, and of what is asked of them."""
     keys = (compilation_key(i, arch) for i in instances_by_file()[file] for arch in TARGET_ARCHS)
@@ -142,8 +152,7 @@ def write_receipt():
         digests[file] = digest_of_file(file)
         # After each file, so that a run that is broken off has not compiled in vain.
         known = {name: digest for name, digest in receipted_digests().items() if name in instances_by_file()} | digests
-        version = ".".join(map(str, _kernels.load_nvrtc().getVersion()))
-        RECEIPT.write_text(json.dumps({"nvrtc": version, "archs": TARGET_ARCHS, "files": known}, indent=1) + "\n")
+        RECEIPT.write_text(json.dumps({"nvrtc": nvrtc_version(), "archs": TARGET_ARCHS, "files": known}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 import zipfile
 from functools import cache, partial
 from pathlib import Path
@@ -311,7 +312,8 @@ def without_comments(text):
 @pytest.mark.parametrize("arch", TARGET_ARCHS)
 def test_every_instance_compiles_without_spilling(arch, file, request, record_property):
     """Without a GPU: all instances, or a share where the receipt says that all were compiled as they are now. What a
-    compilation gave is kept in the cache of pytest until its text changes."""
+    compilation gave is kept in the cache of pytest until its text changes. With another compiler than the receipt's all
+    compile, and what spills is a warning."""
     needs_cupy()
     if not compile_checks.is_receipted(file):
         record_property("not in the receipt", f"{file}.cu")
@@ -323,8 +325,20 @@ def test_every_instance_compiles_without_spilling(arch, file, request, record_pr
     spills = {key: spills[key] for key in instances}
     if cache:
         cache.set(f"cupyq/spills-{arch}-{file}", spills)
-    assert {str(instances[key]): count for key, count in spills.items() if count} == {}
+    spilling = {str(instances[key]): count for key, count in spills.items() if count}
+    if spilling and not compile_checks.is_receipted_compiler():
+        warnings.warn(f"NVRTC {compile_checks.nvrtc_version()} spills on {arch}, bytes of a thread: {spilling}", stacklevel=1)
+    else:
+        assert spilling == {}
     assert spills
+
+
+@pytest.mark.parametrize("version, is_strict", [("its own", True), ("99.0", False)])
+def test_the_compiler_of_the_receipt_may_not_spill(version, is_strict, tmp_path):
+    needs_cupy()
+    receipt = tmp_path / "receipt.json"
+    receipt.write_text(json.dumps({"nvrtc": compile_checks.nvrtc_version() if is_strict else version}))
+    assert compile_checks.is_receipted_compiler(receipt) == is_strict
 
 
 def test_no_kernel_adds_floats_atomically():
